@@ -1,0 +1,105 @@
+"""What the loop asks of a backend: load a graph, hold tensors, enqueue calls.
+
+A backend is a `Runtime`. ONNX Runtime implements it in `meancache_trt.engine.onnxruntime`;
+everything above this protocol is the same on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type and shape of a graph's input or output.
+
+    `dtype` is a NumPy name such as "float32" or "int64"; a `str` in `shape` is a dynamic dimension.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Tensor(Protocol):
+    """Memory that a runtime owns, of fixed shape and dtype. It lives as long as its object."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    def write(self, value: NDArray[Any]) -> None:
+        """Copy from host memory. Shape and dtype must be equal; synchronises."""
+
+    def read(self) -> NDArray[Any]:
+        """Copy to host memory; waits for the calls enqueued before."""
+
+    def view(self, shape: tuple[int, ...]) -> Tensor:
+        """The same memory, row-major, in another shape of as many elements."""
+
+
+class Call(Protocol):
+    """One or more graph executions with every address fixed."""
+
+    def enqueue(self) -> None:
+        """Start the work in order after earlier calls; may return before it is done."""
+
+
+class Graph(Protocol):
+    """A loaded graph that can be bound to tensors any number of times."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]: ...
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Call:
+        """Fix the memory of every input and output, by name.
+
+        Raises `RenderError` where a name is missing or unknown, or a shape or dtype does not fit.
+        """
+
+
+class Runtime(Protocol):
+    """A backend on one device. A context manager; leaving it frees graphs and tensors."""
+
+    @property
+    def name(self) -> str: ...
+
+    def load(self, path: Path) -> Graph:
+        """Load an ONNX graph (and the engine built from it, where the backend has one)."""
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Tensor: ...
+
+    def tensor(self, value: NDArray[Any]) -> Tensor:
+        """A new tensor with the value's shape, dtype and contents."""
+
+    def sequence(self, calls: Sequence[Call]) -> Call:
+        """Calls that always run in this order, as one (a CUDA graph where there is one)."""
+
+    def synchronize(self) -> None:
+        """Wait until everything enqueued is done."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def as_row_major(value: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """`value` as a contiguous array of `dtype`, copied only where it has to be."""
+    return np.ascontiguousarray(value, dtype=dtype)

@@ -1,0 +1,53 @@
+"""Every error that the library raises on purpose.
+
+    MeanCacheError
+    ├── ScheduleError          a schedule that is malformed, or does not fit what it is used for
+    ├── BundleError            a bundle that is missing, damaged, or lacks what was asked for
+    │   └── PlanMismatchError  an engine file built for something else
+    ├── ExportError            a checkpoint that cannot be exported, or an export that failed its checks
+    ├── CalibrationError       trajectories that are missing, inconsistent or not finite
+    ├── RuntimeUnavailableError  a backend that is not installed, or has no device here
+    ├── RenderError            a render that produced no valid picture
+    └── InputError             a user's file or option that cannot be used
+
+A message says what was expected, what was found and what to do. The command line prints it as it
+stands and exits with status 1.
+"""
+
+from __future__ import annotations
+
+
+class MeanCacheError(Exception):
+    """Root of the tree above."""
+
+
+class ScheduleError(MeanCacheError):
+    """A schedule that is malformed, or does not fit what it is used for."""
+
+
+class BundleError(MeanCacheError):
+    """A bundle that is missing, damaged, or lacks what was asked for."""
+
+
+class PlanMismatchError(BundleError):
+    """An engine file built for another graph, GPU, library version or set of options."""
+
+
+class ExportError(MeanCacheError):
+    """A checkpoint that cannot be exported, or an export that failed its checks."""
+
+
+class CalibrationError(MeanCacheError):
+    """Trajectories that are missing, inconsistent or not finite."""
+
+
+class RuntimeUnavailableError(MeanCacheError):
+    """A backend that is not installed, or has no device on this machine."""
+
+
+class RenderError(MeanCacheError):
+    """A render that produced no valid picture."""
+
+
+class InputError(MeanCacheError):
+    """A user's file or option that cannot be used."""
