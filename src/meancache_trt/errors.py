@@ -4,7 +4,7 @@
     ├── ScheduleError          a schedule that is malformed, or does not fit what it is used for
     ├── BundleError            a bundle that is missing, damaged, or lacks what was asked for
     │   └── PlanMismatchError  an engine file built for something else
-    ├── ExportError            a checkpoint that cannot be exported, or an export that failed its checks
+    ├── ExportError            a checkpoint that cannot be exported, or fails the export's checks
     ├── CalibrationError       trajectories that are missing, inconsistent or not finite
     ├── RuntimeUnavailableError  a backend that is not installed, or has no device here
     ├── RenderError            a render that produced no valid picture

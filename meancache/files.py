@@ -1,0 +1,89 @@
+"""JSON files and atomic writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from meancache_trt.errors import InputError, MeanCacheError
+
+T = TypeVar("T")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a user's file. Raises `InputError` where it is missing, a directory or unreadable."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"expected a file at {path}, found nothing; check the path") from None
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; check the path and its rights"
+        ) from error
+
+
+def decode_json(path: Path, kind: type[T], error: type[MeanCacheError]) -> T:
+    """Decode a JSON file into `kind`, strictly.
+
+    Raises:
+        error: where the text is not JSON or does not have the fields of `kind`; the type's own
+            checks may raise others.
+        InputError: where the file cannot be read.
+    """
+    try:
+        return msgspec.json.decode(read_bytes(path), type=kind)
+    except msgspec.ValidationError as fault:
+        raise error(f"not a valid {kind.__name__.lower()} file: {fault}") from fault
+    except msgspec.DecodeError as fault:
+        raise error(f"not JSON, perhaps truncated: {fault}") from fault
+
+
+def encode_json(value: object) -> bytes:
+    """Readable JSON with a final newline; the same value always gives the same bytes."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(encode_json(value))
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that replaces it on success and vanishes on failure.
+
+    The bytes are synced before the rename, so that a reader sees the old file or the whole new
+    one. Raises `InputError` where the directory is missing, read-only or full.
+    """
+    try:
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent
+        )
+        os.close(handle)
+    except OSError as error:
+        raise InputError(_unwritable(path, error)) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(_unwritable(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> str:
+    return (
+        f"cannot write {path}: {error.strerror}; nothing was left behind. Check that the directory "
+        "exists, is writable and has room"
+    )

@@ -1,0 +1,206 @@
+"""The schedule file: which steps evaluate the network, and how each row moves the latent.
+
+A schedule is baked before rendering and holds everything that the loop needs, so that nothing is
+decided at run time. Its JSON Schema is `schedule.schema.json` beside this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from meancache_trt.errors import ScheduleError
+from meancache_trt.meancache.files import decode_json, write_json
+from meancache_trt.meancache.folding import Rows, check_nodes
+from meancache_trt.meancache.methods import METHODS, get_method
+from meancache_trt.meancache.sigmas import SigmaGrid
+
+Version = Literal["meancache-trt/schedule/1"]
+
+
+class ModelReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The checkpoint that a schedule was calibrated on: its name and the digest of its weights."""
+
+    name: str
+    digest: str | None = None
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was measured when the schedule was made. None means that it was not measured.
+
+    `edge_costs` has one entry for each interval (B); PSNR in dB is against the same model's own T
+    steps, on prompts that the schedule was not calibrated on.
+    """
+
+    samples: int
+    seconds: float
+    network_evaluations: int | None = None
+    cost: str | None = None
+    gamma: float | None = None
+    edge_costs: tuple[float, ...] | None = None
+    path_cost: float | None = None
+    candidates: int | None = None
+    held_out_samples: int | None = None
+    psnr_mean: float | None = None
+    psnr_p5: float | None = None
+    psnr_worst: float | None = None
+    euler_psnr_mean: float | None = None
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of B rows over a grid of T steps; immutable and valid once constructed.
+
+    `weights[n][j]` multiplies the velocity evaluated j nodes before node n; a short row means
+    zeros. `history` is the longest row. `spans` are set for methods that use them.
+    `guidance_scale`, `family` and `model` are None where the schedule is not tied to one.
+    """
+
+    schema: Version = "meancache-trt/schedule/1"
+    name: str
+    family: str | None = None
+    model: ModelReference | None = None
+    grid: SigmaGrid
+    guidance_scale: float | None = None
+    precision: str = "float32"
+    method: str
+    nodes: tuple[int, ...]
+    spans: tuple[int, ...] | None = None
+    history: int
+    weights: Rows
+    calibration: Evidence | None = None
+
+    def __post_init__(self) -> None:
+        check_nodes(self.nodes, self.grid.steps)
+        _check_weights(self.weights, len(self.nodes), self.history)
+        if self.is_analytic:
+            self._check_fold()
+
+    @property
+    def budget(self) -> int:
+        """B, the number of network evaluations an image (guidance not counted twice)."""
+        return len(self.nodes)
+
+    @property
+    def is_analytic(self) -> bool:
+        """Whether the weights follow from grid, nodes and spans alone."""
+        return self.method in METHODS
+
+    def sigmas(self) -> NDArray[np.float64]:
+        """Sigma at each node, and at the end of the grid last, shape (B + 1,)."""
+        return np.append(self.grid.array()[list(self.nodes)], self.grid.sigmas[-1])
+
+    def timesteps(self) -> NDArray[np.float32]:
+        """Timestep at each node in the scheduler's units, shape (B,)."""
+        return np.asarray(self.grid.timesteps, np.float32)[list(self.nodes)]
+
+    def table(self, history: int) -> NDArray[np.float32]:
+        """Weights as shape (B, history), zero-padded. `history` is at least the schedule's own."""
+        if history < self.history:
+            raise ScheduleError(
+                f"schedule {self.name!r} reads {self.history} velocities back, found room for "
+                f"{history}; history is never truncated, use a larger update graph"
+            )
+        table = np.zeros((self.budget, history), np.float32)
+        for row, weights in zip(table, self.weights, strict=True):
+            row[: len(weights)] = weights
+        return table
+
+    def fit_to(self, grid: SigmaGrid, guidance_scale: float | None) -> Schedule:
+        """Return this schedule for `grid`, refolded where its method allows.
+
+        Raises:
+            ScheduleError: where a fitted table meets another grid, or the schedule belongs to
+                another guidance scale.
+        """
+        if self.guidance_scale is not None and self.guidance_scale != guidance_scale:
+            raise ScheduleError(
+                f"schedule {self.name!r} was calibrated for guidance scale {self.guidance_scale}, "
+                f"found {guidance_scale}; render with {self.guidance_scale} or calibrate for "
+                f"{guidance_scale}"
+            )
+        difference = self.grid.difference(grid)
+        if difference is None:
+            return self
+        if self.calibration is not None or not self.is_analytic:
+            raise ScheduleError(
+                f"schedule {self.name!r} was calibrated on another grid: {difference}; calibrate "
+                "for this grid, or render at the size and number of steps it was made for"
+            )
+        return bake(self.method, grid, self.nodes, self.spans, name=self.name, family=self.family)
+
+    def _check_fold(self) -> None:
+        rows = get_method(self.method).fold(self.grid.array(), self.nodes, self.spans)
+        table = self.table(max(self.history, *map(len, rows)))
+        expected = np.zeros_like(table)
+        for target, row in zip(expected, rows, strict=True):
+            target[: len(row)] = row
+        if not np.allclose(table, expected, rtol=0, atol=1e-6):
+            raise ScheduleError(
+                f"the weights are not those of method {self.method!r} on this grid with these nodes"
+                " and spans; the file was altered, bake it again"
+            )
+
+
+def bake(
+    method: str,
+    grid: SigmaGrid,
+    nodes: Sequence[int],
+    spans: Sequence[int] | None = None,
+    *,
+    name: str | None = None,
+    family: str | None = None,
+    model: ModelReference | None = None,
+    guidance_scale: float | None = None,
+    precision: str = "float32",
+    calibration: Evidence | None = None,
+) -> Schedule:
+    """Fold an analytic method into a schedule. Raises `ScheduleError` for malformed input."""
+    rows = get_method(method).fold(grid.array(), nodes, spans)
+    return Schedule(
+        name=name or f"{method}-b{len(nodes)}",
+        family=family,
+        model=model,
+        grid=grid,
+        guidance_scale=guidance_scale,
+        precision=precision,
+        method=method,
+        nodes=tuple(nodes),
+        spans=tuple(spans) if spans is not None else None,
+        history=max(map(len, rows)),
+        weights=rows,
+        calibration=calibration,
+    )
+
+
+def load_schedule(path: Path | str) -> Schedule:
+    """Read and validate a schedule file. Raises `ScheduleError` naming the file and the fault."""
+    path = Path(path)
+    try:
+        return decode_json(path, Schedule, ScheduleError)
+    except ScheduleError as error:
+        raise ScheduleError(f"{path}: {error}") from error
+
+
+def save_schedule(schedule: Schedule, path: Path | str) -> None:
+    """Write a schedule file atomically, replacing what stands there."""
+    write_json(Path(path), schedule)
+
+
+def _check_weights(weights: Rows, budget: int, history: int) -> None:
+    if len(weights) != budget:
+        raise ScheduleError(f"{budget} nodes need {budget} rows of weights, found {len(weights)}")
+    for n, row in enumerate(weights):
+        if not 1 <= len(row) <= n + 1:
+            raise ScheduleError(
+                f"row {n} holds 1 to {n + 1} weights (the velocities so far), found {len(row)}"
+            )
+        if not np.isfinite(row).all():
+            raise ScheduleError(f"row {n} has a weight that is not finite; bake the schedule again")
+    longest = max(map(len, weights))
+    if longest != history:
+        raise ScheduleError(f"history is the longest row, {longest}, found {history}")

@@ -1,0 +1,253 @@
+"""Sigma grids, equal to those of diffusers' `FlowMatchEulerDiscreteScheduler` to the last bit.
+
+Integration runs from sigma 1 (noise) to sigma 0 (image). Element types below follow diffusers
+step by step, because a grid that differs in its last bit is another grid: pipelines that hand
+over sigmas are shifted in float32, pipelines that hand over a count only are shifted in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from meancache_trt.errors import ScheduleError
+
+Convention = Literal["linspace", "count", "custom"]
+TimeShift = Literal["exponential", "linear"]
+
+SIGMA_TOLERANCE = 1e-6
+"""Grids closer than this at every step are the same grid (float32 resolves 6e-8 at sigma 1)."""
+
+_UNSUPPORTED = (
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
+
+
+class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The T steps that a model's full integration takes, and how they were made.
+
+    `sigmas` has T + 1 descending values, of which the last may repeat; `timesteps` has T, in the
+    scheduler's units (sigma x `num_train_timesteps`). All are float32 values. `shift` is the static
+    shift, `mu` the dynamic one; exactly one of them acts. `height`, `width` (pixels) and `frames`
+    are set where the grid depends on them or belongs to them.
+    """
+
+    steps: int
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    convention: Convention = "linspace"
+    num_train_timesteps: int = 1000
+    shift: float | None = None
+    mu: float | None = None
+    time_shift_type: TimeShift | None = None
+    shift_terminal: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sigmas(self.sigmas, self.steps)
+        if len(self.timesteps) != self.steps:
+            raise ScheduleError(
+                f"a grid of {self.steps} steps has {self.steps} timesteps, found "
+                f"{len(self.timesteps)}; write the file again with `meancache-trt bake`"
+            )
+
+    def array(self) -> NDArray[np.float64]:
+        """The T + 1 sigmas as float64, shape (T + 1,)."""
+        return np.asarray(self.sigmas, np.float64)
+
+    def difference(self, other: SigmaGrid) -> str | None:
+        """Say in words how `other` differs, or None where both are the same grid."""
+        if self.steps != other.steps:
+            return f"{self.steps} steps against {other.steps}"
+        gap = np.abs(self.array() - other.array())
+        step = int(gap.argmax())
+        if gap[step] > SIGMA_TOLERANCE:
+            return (
+                f"sigma {self.sigmas[step]:.6f} against {other.sigmas[step]:.6f} at step {step} "
+                f"({self.describe()} against {other.describe()})"
+            )
+        return None
+
+    def describe(self) -> str:
+        """The grid in a few words, such as "50 steps, shift 3"."""
+        shift = f"mu {self.mu:.4g}" if self.mu is not None else f"shift {self.shift or 1:.4g}"
+        size = f", {self.width}x{self.height}" if self.width and self.height else ""
+        return f"{self.steps} steps, {shift}{size}"
+
+
+def check_sigmas(sigmas: Sequence[float], steps: int) -> None:
+    """Raise `ScheduleError` unless `sigmas` are steps + 1 finite, descending values in [0, 1]."""
+    if steps < 1 or len(sigmas) != steps + 1:
+        raise ScheduleError(
+            f"a grid of {steps} steps has {steps + 1} sigmas (the last is where integration ends), "
+            f"found {len(sigmas)}; use at least one step and give one sigma a step plus the last"
+        )
+    values = np.asarray(sigmas, np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise ScheduleError(
+            f"sigmas are finite and between 0 (image) and 1 (noise), found {values.min()} to "
+            f"{values.max()}; give noise levels, not timesteps"
+        )
+    rises = np.flatnonzero(np.diff(values[: steps + 1]) >= 0)
+    if len(rises) and not (rises[0] == steps - 1 and values[-1] == values[-2]):
+        step = int(rises[0])
+        raise ScheduleError(
+            f"sigmas must descend, found {values[step]} at step {step} before {values[step + 1]}; "
+            "only the last may repeat"
+        )
+
+
+def make_grid(
+    steps: int,
+    *,
+    convention: Convention = "linspace",
+    shift: float = 1.0,
+    mu: float | None = None,
+    time_shift_type: TimeShift = "exponential",
+    shift_terminal: float | None = None,
+    sigmas: Sequence[float] | None = None,
+    sigma_min: float | None = None,
+    num_train_timesteps: int = 1000,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+) -> SigmaGrid:
+    """Make the grid that a diffusers pipeline would integrate over.
+
+    Args:
+        steps: T, the number of Euler steps of the full integration.
+        convention: what the pipeline hands to `set_timesteps`: "linspace" is
+            `linspace(1, 1/T, T)` (FLUX, Qwen-Image), "count" is the number alone (SD3, Wan,
+            Z-Image), "custom" is `sigmas`.
+        shift: static shift, s·σ / (1 + (s − 1)·σ); ignored where `mu` is given.
+        mu: dynamic, resolution-dependent shift; see `dynamic_mu`.
+        time_shift_type: form of the dynamic shift.
+        shift_terminal: last sigma before 0, to which the shifted grid is stretched.
+        sigmas: T descending values before shifting, for "custom".
+        sigma_min: lowest sigma of a "count" grid; by default that of the training grid.
+        num_train_timesteps: timesteps are sigma times this.
+        height: recorded in the grid, in pixels.
+        width: recorded in the grid, in pixels.
+        frames: recorded in the grid.
+
+    Raises:
+        ScheduleError: where T < 1 or the values do not descend.
+    """
+    if steps < 1:
+        raise ScheduleError(f"a grid has at least one step, found {steps}; give --steps 1 or more")
+    if (convention == "custom") != (sigmas is not None):
+        raise ScheduleError('pass `sigmas` with convention="custom", and only with it')
+    if sigmas is not None:
+        check_sigmas([*sigmas, 0.0], steps)
+    if convention == "count":
+        training_shift = shift if mu is None else 1.0
+        raw = _counted(steps, training_shift, sigma_min, num_train_timesteps)
+    else:
+        given = np.linspace(1.0, 1 / steps, steps) if sigmas is None else np.array(sigmas)
+        raw = given.astype(np.float32)
+    shifted = (
+        raw * shift / (1 + (shift - 1) * raw) if mu is None else _shift(raw, mu, time_shift_type)
+    )
+    if shift_terminal:
+        remaining = 1 - shifted
+        shifted = 1 - remaining / (remaining[-1] / (1 - shift_terminal))
+    values = shifted.astype(np.float32)
+    timesteps = values * np.float32(num_train_timesteps)
+    return SigmaGrid(
+        steps=steps,
+        sigmas=(*values.tolist(), 0.0),
+        timesteps=tuple(timesteps.tolist()),
+        convention=convention,
+        num_train_timesteps=num_train_timesteps,
+        shift=shift if mu is None else None,
+        mu=mu,
+        time_shift_type=time_shift_type if mu is not None else None,
+        shift_terminal=shift_terminal or None,
+        height=height,
+        width=width,
+        frames=frames,
+    )
+
+
+def grid_from_config(
+    config: Mapping[str, Any],
+    steps: int,
+    *,
+    convention: Convention = "linspace",
+    image_tokens: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    sigma_min: float | None = None,
+) -> SigmaGrid:
+    """Make the grid of a pipeline from its `scheduler_config.json`.
+
+    `image_tokens` is the packed sequence length, which dynamic shifting depends on. Raises
+    `ScheduleError` for options that this project does not reproduce, such as Karras sigmas.
+    """
+    for option in _UNSUPPORTED:
+        if config.get(option):
+            raise ScheduleError(
+                f"the checkpoint's scheduler sets {option}; grids are reproduced for plain and "
+                "shifted flow matching only. Load the pipeline with that option off"
+            )
+    mu = None
+    if config.get("use_dynamic_shifting"):
+        if image_tokens is None:
+            raise ScheduleError("dynamic shifting depends on the image size; give height and width")
+        mu = dynamic_mu(config, image_tokens)
+    return make_grid(
+        steps,
+        convention=convention,
+        shift=config.get("shift", 1.0),
+        mu=mu,
+        time_shift_type=config.get("time_shift_type", "exponential"),
+        shift_terminal=config.get("shift_terminal"),
+        sigma_min=sigma_min,
+        num_train_timesteps=config.get("num_train_timesteps", 1000),
+        height=height,
+        width=width,
+        frames=frames,
+    )
+
+
+def dynamic_mu(config: Mapping[str, Any], image_tokens: int) -> float:
+    """Shift for an image of `image_tokens` packed tokens: a line through two published points."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (top - base) / (high - low)
+    return float(image_tokens * slope + (base - slope * low))
+
+
+def _counted(
+    steps: int, training_shift: float, sigma_min: float | None, num_train_timesteps: int
+) -> NDArray[np.floating]:
+    """Evenly spaced sigmas over the training grid, which diffusers shifts at construction too."""
+    low, high = _training_range(training_shift, num_train_timesteps)
+    low = low if sigma_min is None else sigma_min
+    ends = high * num_train_timesteps, low * num_train_timesteps
+    return np.linspace(*ends, steps) / num_train_timesteps
+
+
+def _training_range(shift: float, num_train_timesteps: int) -> tuple[float, float]:
+    """Lowest and highest sigma of the shifted training grid, in float32."""
+    ends = np.array([1, num_train_timesteps], np.float32) / np.float32(num_train_timesteps)
+    ends = shift * ends / (1 + (shift - 1) * ends)
+    return float(ends[0]), float(ends[1])
+
+
+def _shift(sigmas: NDArray[np.floating], mu: float, form: TimeShift) -> NDArray[np.floating]:
+    scale = math.exp(mu) if form == "exponential" else mu
+    shifted: NDArray[np.floating] = scale / (scale + (1 / sigmas - 1) ** 1.0)
+    return shifted
