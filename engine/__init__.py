@@ -1,0 +1,1 @@
+"""Backends that execute graphs. Importing this package imports none of them."""

@@ -40,7 +40,7 @@ def decode_json(path: Path, kind: type[T], error: type[MeanCacheError]) -> T:
         return msgspec.json.decode(read_bytes(path), type=kind)
     except msgspec.ValidationError as fault:
         raise error(f"not a valid {kind.__name__.lower()} file: {fault}") from fault
-    except msgspec.DecodeError as fault:
+    except (msgspec.DecodeError, UnicodeDecodeError) as fault:
         raise error(f"not JSON, perhaps truncated: {fault}") from fault
 
 

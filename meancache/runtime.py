@@ -76,6 +76,10 @@ class Runtime(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def version(self) -> str:
+        """Of the library that executes."""
+
     def load(self, path: Path) -> Graph:
         """Load an ONNX graph (and the engine built from it, where the backend has one)."""
 

@@ -15,12 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.errors import ScheduleError
-from meancache_trt.meancache.files import decode_json, write_json
+from meancache_trt.meancache.files import decode_json, read_bytes, write_json
 from meancache_trt.meancache.folding import Rows, check_nodes
 from meancache_trt.meancache.methods import METHODS, get_method
 from meancache_trt.meancache.sigmas import SigmaGrid
 
 Version = Literal["meancache-trt/schedule/1"]
+VERSION: Version = "meancache-trt/schedule/1"
+
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+"""The loop multiplies by float32 weights; a larger one would become infinite there."""
 
 
 class ModelReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,7 +65,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `guidance_scale`, `family` and `model` are None where the schedule is not tied to one.
     """
 
-    schema: Version = "meancache-trt/schedule/1"
+    schema: Version = VERSION
     name: str
     family: str | None = None
     model: ModelReference | None = None
@@ -131,7 +136,17 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"schedule {self.name!r} was calibrated on another grid: {difference}; calibrate "
                 "for this grid, or render at the size and number of steps it was made for"
             )
-        return bake(self.method, grid, self.nodes, self.spans, name=self.name, family=self.family)
+        return bake(
+            self.method,
+            grid,
+            self.nodes,
+            self.spans,
+            name=self.name,
+            family=self.family,
+            model=self.model,
+            guidance_scale=self.guidance_scale,
+            precision=self.precision,
+        )
 
     def _check_fold(self) -> None:
         rows = get_method(self.method).fold(self.grid.array(), self.nodes, self.spans)
@@ -181,6 +196,7 @@ def load_schedule(path: Path | str) -> Schedule:
     """Read and validate a schedule file. Raises `ScheduleError` naming the file and the fault."""
     path = Path(path)
     try:
+        _check_version(read_bytes(path))
         return decode_json(path, Schedule, ScheduleError)
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from error
@@ -191,6 +207,26 @@ def save_schedule(schedule: Schedule, path: Path | str) -> None:
     write_json(Path(path), schedule)
 
 
+class _Header(msgspec.Struct):
+    schema: object = None
+
+
+def _check_version(text: bytes) -> None:
+    """Name a foreign version before the fields that it adds; other faults are left to the decoder.
+
+    A decoder would also take a file that names no version, since the field has a default.
+    """
+    try:
+        found = msgspec.json.decode(text, type=_Header).schema
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return
+    if found != VERSION:
+        raise ScheduleError(
+            f"expected a schedule file with schema {VERSION!r}, found {found!r}; bake it again with"
+            " this version of meancache-trt"
+        )
+
+
 def _check_weights(weights: Rows, budget: int, history: int) -> None:
     if len(weights) != budget:
         raise ScheduleError(f"{budget} nodes need {budget} rows of weights, found {len(weights)}")
@@ -199,8 +235,10 @@ def _check_weights(weights: Rows, budget: int, history: int) -> None:
             raise ScheduleError(
                 f"row {n} holds 1 to {n + 1} weights (the velocities so far), found {len(row)}"
             )
-        if not np.isfinite(row).all():
-            raise ScheduleError(f"row {n} has a weight that is not finite; bake the schedule again")
+        if not (np.abs(row) <= FLOAT32_MAX).all():
+            raise ScheduleError(
+                f"row {n} has a weight that is not a finite float32; bake the schedule again"
+            )
     longest = max(map(len, weights))
     if longest != history:
         raise ScheduleError(f"history is the longest row, {longest}, found {history}")

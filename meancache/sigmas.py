@@ -23,6 +23,9 @@ TimeShift = Literal["exponential", "linear"]
 SIGMA_TOLERANCE = 1e-6
 """Grids closer than this at every step are the same grid (float32 resolves 6e-8 at sigma 1)."""
 
+LARGEST_MU = 80.0
+"""exp(mu) stays a float32 below this; published models have mu below 2."""
+
 _UNSUPPORTED = (
     "invert_sigmas",
     "use_karras_sigmas",
@@ -61,21 +64,36 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"a grid of {self.steps} steps has {self.steps} timesteps, found "
                 f"{len(self.timesteps)}; write the file again with `meancache-trt bake`"
             )
+        if not np.isfinite(np.asarray(self.timesteps, np.float64)).all():
+            raise ScheduleError(
+                "a grid has a timestep that is not finite; write the file again with "
+                "`meancache-trt bake`"
+            )
 
     def array(self) -> NDArray[np.float64]:
         """The T + 1 sigmas as float64, shape (T + 1,)."""
         return np.asarray(self.sigmas, np.float64)
 
     def difference(self, other: SigmaGrid) -> str | None:
-        """Say in words how `other` differs, or None where both are the same grid."""
+        """Say in words how `other` differs, or None where both are the same grid.
+
+        Frames count where both grids name them; the size counts through its sigmas alone.
+        """
         if self.steps != other.steps:
             return f"{self.steps} steps against {other.steps}"
+        if None not in (self.frames, other.frames) and self.frames != other.frames:
+            return f"{self.frames} frames against {other.frames}"
         gap = np.abs(self.array() - other.array())
         step = int(gap.argmax())
         if gap[step] > SIGMA_TOLERANCE:
             return (
                 f"sigma {self.sigmas[step]:.6f} against {other.sigmas[step]:.6f} at step {step} "
                 f"({self.describe()} against {other.describe()})"
+            )
+        if self.num_train_timesteps != other.num_train_timesteps:
+            return (
+                f"timesteps of sigma x {self.num_train_timesteps} against "
+                f"{other.num_train_timesteps}"
             )
         return None
 
@@ -87,19 +105,23 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 def check_sigmas(sigmas: Sequence[float], steps: int) -> None:
-    """Raise `ScheduleError` unless `sigmas` are steps + 1 finite, descending values in [0, 1]."""
+    """Raise `ScheduleError` unless `sigmas` are steps + 1 finite, descending values in [0, 1].
+
+    They must descend as float32 too, which is what grids are kept in.
+    """
     if steps < 1 or len(sigmas) != steps + 1:
         raise ScheduleError(
             f"a grid of {steps} steps has {steps + 1} sigmas (the last is where integration ends), "
             f"found {len(sigmas)}; use at least one step and give one sigma a step plus the last"
         )
     values = np.asarray(sigmas, np.float64)
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+    # A float32 shift of sigma 1 may round to 1 + 1e-7, in diffusers too.
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1 + SIGMA_TOLERANCE:
         raise ScheduleError(
             f"sigmas are finite and between 0 (image) and 1 (noise), found {values.min()} to "
             f"{values.max()}; give noise levels, not timesteps"
         )
-    rises = np.flatnonzero(np.diff(values[: steps + 1]) >= 0)
+    rises = np.flatnonzero(np.diff(values.astype(np.float32)) >= 0)
     if len(rises) and not (rises[0] == steps - 1 and values[-1] == values[-2]):
         step = int(rises[0])
         raise ScheduleError(
@@ -146,6 +168,7 @@ def make_grid(
     """
     if steps < 1:
         raise ScheduleError(f"a grid has at least one step, found {steps}; give --steps 1 or more")
+    _check_shifts(shift, mu, time_shift_type, shift_terminal)
     if (convention == "custom") != (sigmas is not None):
         raise ScheduleError('pass `sigmas` with convention="custom", and only with it')
     if sigmas is not None:
@@ -160,8 +183,7 @@ def make_grid(
         raw * shift / (1 + (shift - 1) * raw) if mu is None else _shift(raw, mu, time_shift_type)
     )
     if shift_terminal:
-        remaining = 1 - shifted
-        shifted = 1 - remaining / (remaining[-1] / (1 - shift_terminal))
+        shifted = _stretch(shifted, shift_terminal)
     values = shifted.astype(np.float32)
     timesteps = values * np.float32(num_train_timesteps)
     return SigmaGrid(
@@ -249,5 +271,34 @@ def _training_range(shift: float, num_train_timesteps: int) -> tuple[float, floa
 
 def _shift(sigmas: NDArray[np.floating], mu: float, form: TimeShift) -> NDArray[np.floating]:
     scale = math.exp(mu) if form == "exponential" else mu
-    shifted: NDArray[np.floating] = scale / (scale + (1 / sigmas - 1) ** 1.0)
+    with np.errstate(divide="ignore"):  # sigma 0 goes through infinity and stays 0
+        shifted: NDArray[np.floating] = scale / (scale + (1 / sigmas - 1) ** 1.0)
     return shifted
+
+
+def _stretch(sigmas: NDArray[np.floating], terminal: float) -> NDArray[np.floating]:
+    """Stretch the grid, with sigma 1 fixed, so that its last sigma is `terminal`."""
+    remaining = 1 - sigmas
+    if remaining[-1] <= 0:
+        raise ScheduleError(
+            f"shift_terminal moves the last step to sigma {terminal}, found a grid whose last step "
+            "is at sigma 1; use two steps or more"
+        )
+    stretched: NDArray[np.floating] = 1 - remaining / (remaining[-1] / (1 - terminal))
+    return stretched
+
+
+def _check_shifts(
+    shift: float, mu: float | None, form: TimeShift, shift_terminal: float | None
+) -> None:
+    positive = shift if mu is None else mu if form == "linear" else 1.0
+    if not 0 < positive < math.inf:
+        raise ScheduleError(f"a shift is positive and finite, found {positive}; 1 leaves the grid")
+    if mu is not None and not abs(mu) <= LARGEST_MU:
+        raise ScheduleError(
+            f"mu is at most {LARGEST_MU} either way, found {mu}; FLUX uses 0.5 to 1.15"
+        )
+    if shift_terminal and not 0 < shift_terminal < 1:
+        raise ScheduleError(
+            f"shift_terminal is a sigma between 0 and 1, found {shift_terminal}; Qwen-Image has .02"
+        )

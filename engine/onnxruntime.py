@@ -1,0 +1,186 @@
+"""ONNX Runtime on the CPU: the default backend, and the oracle for every other one.
+
+Tensors are NumPy arrays that the session reads and writes in place through I/O binding, so a call
+copies nothing and returns when its work is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meancache_trt.errors import BundleError, RenderError, RuntimeUnavailableError
+from meancache_trt.meancache.runtime import Call, Graph, Tensor, TensorSpec
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+
+
+class HostTensor:
+    """A C-contiguous NumPy array with a fixed address."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> str:
+        return str(self.array.dtype)
+
+    def write(self, value: NDArray[Any]) -> None:
+        """Copy `value` in. Raises `RenderError` where shape or dtype differ."""
+        if value.shape != self.array.shape or value.dtype != self.array.dtype:
+            raise RenderError(
+                f"expected {self.dtype} of shape {self.shape}, found {value.dtype} of shape "
+                f"{value.shape}; prepare a loop for this shape"
+            )
+        np.copyto(self.array, value)
+
+    def read(self) -> NDArray[Any]:
+        return self.array.copy()
+
+    def view(self, shape: tuple[int, ...]) -> HostTensor:
+        return HostTensor(self.array.reshape(shape))
+
+
+class _Bound:
+    """A session with all inputs and outputs bound. Holds the tensors, so that they stay alive."""
+
+    def __init__(self, session: Any, binding: Any, tensors: Mapping[str, Tensor]) -> None:
+        self._session, self._binding, self._tensors = session, binding, tensors
+
+    def enqueue(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+class _Sequence:
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = tuple(calls)
+
+    def enqueue(self) -> None:
+        for call in self._calls:
+            call.enqueue()
+
+
+class OnnxRuntimeGraph:
+    """An inference session on the CPU."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.inputs = {value.name: _spec(value) for value in session.get_inputs()}
+        self.outputs = {value.name: _spec(value) for value in session.get_outputs()}
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Call:
+        """Fix the memory of all inputs and outputs. Raises `RenderError` for a wrong fit."""
+        expected = {**self.inputs, **self.outputs}
+        if tensors.keys() != expected.keys():
+            missing = sorted(expected.keys() - tensors.keys()) or "nothing"
+            unknown = sorted(tensors.keys() - expected.keys()) or "nothing"
+            raise RenderError(
+                f"a graph binds each of its tensors once: missing {missing}, unknown {unknown}"
+            )
+        binding = self._session.io_binding()
+        for name, tensor in tensors.items():
+            _check(expected[name], tensor)
+            bind = binding.bind_input if name in self.inputs else binding.bind_output
+            bind(name, "cpu", 0, np.dtype(tensor.dtype), tensor.shape, _address(tensor))
+        return _Bound(self._session, binding, dict(tensors))
+
+
+class OnnxRuntime:
+    """The runtime. `threads` is the number of cores a graph may use; 0 leaves it to the library.
+
+    Raises `RuntimeUnavailableError` where onnxruntime is not installed.
+    """
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, threads: int = 0) -> None:
+        try:
+            import onnxruntime  # noqa: PLC0415  (an optional dependency, imported where it is used)
+        except ImportError as error:
+            raise RuntimeUnavailableError(
+                "the backend onnxruntime needs the package onnxruntime, which is not installed; "
+                "run `pip install 'meancache-trt[cpu]'`"
+            ) from error
+        self._library = onnxruntime
+        self.version = str(onnxruntime.__version__)
+        self._threads = threads
+
+    def load(self, path: Path) -> Graph:
+        """Load an ONNX file. Raises `BundleError` with the library's words where it refuses."""
+        options = self._library.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads
+        try:
+            session = self._library.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            # The library raises types of its own that share no public base.
+            raise BundleError(
+                f"ONNX Runtime {self.version} cannot load {path}: {error}; build the "
+                "bundle again, or install the version that it was checked with"
+            ) from error
+        return OnnxRuntimeGraph(session)
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> HostTensor:
+        return HostTensor(np.zeros(tuple(shape), dtype))
+
+    def tensor(self, value: NDArray[Any]) -> HostTensor:
+        return HostTensor(np.array(value, order="C"))
+
+    def sequence(self, calls: Sequence[Call]) -> Call:
+        return _Sequence(calls)
+
+    def synchronize(self) -> None:
+        """Do nothing: calls return when they are done."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+
+def _spec(value: Any) -> TensorSpec:
+    return TensorSpec(value.name, _DTYPES.get(value.type, value.type), tuple(value.shape))
+
+
+def _address(tensor: Tensor) -> int:
+    if not isinstance(tensor, HostTensor):
+        raise RenderError(
+            f"ONNX Runtime on the CPU binds its own tensors, found {type(tensor).__name__}"
+        )
+    return int(tensor.array.ctypes.data)
+
+
+def _check(spec: TensorSpec, tensor: Tensor) -> None:
+    fits = len(spec.shape) == len(tensor.shape) and all(
+        isinstance(expected, str) or expected is None or expected == found
+        for expected, found in zip(spec.shape, tensor.shape, strict=True)
+    )
+    if not fits or spec.dtype != tensor.dtype:
+        raise RenderError(
+            f"tensor {spec.name!r} is {spec.dtype} of shape {spec.shape}, found {tensor.dtype} of "
+            f"shape {tensor.shape}; the bundle was built for other sizes"
+        )

@@ -1,0 +1,151 @@
+"""The denoising loop: B times (network, update), with every address fixed beforehand.
+
+    v_n = network(x, timestep_n, conditioning)
+    x   = x + Σ_j weights[n][j] · v_{n−j}
+
+The latent ping-pongs between two tensors. The velocity of node n goes to slot n mod H of H
+rotating tensors, and the update of each node is bound to the slots in order of age, so that no
+history is ever copied. Where a row reads less history, a tensor of zeros is bound that nothing
+writes: NaN left by a failed image cannot reach the next one through a zero weight.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meancache_trt.errors import RenderError
+from meancache_trt.meancache.runtime import Call, Graph, Runtime, Tensor
+from meancache_trt.meancache.schedule import Schedule
+
+OnEvaluation = Callable[[int, int], None]
+"""(evaluations done, B), called after each evaluation; an exception raised in it cancels."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A transformer graph and the names of what the loop itself feeds and reads.
+
+    The network is fed `timestep_scale` x the scheduler's timestep, multiplied in float64 and
+    rounded to float32, shape (batch,).
+    """
+
+    graph: Graph
+    latent: str
+    timestep: str
+    output: str
+    timestep_scale: float
+
+
+class DenoisingLoop:
+    """One schedule at one shape: all memory is allocated and bound at construction.
+
+    Fill `initial`, call `run`, read `result`. Not thread-safe: one loop runs one batch at a time.
+
+    Args:
+        runtime: owns all tensors; must outlive the loop.
+        network: the transformer.
+        update: the update graph, with room for at least the schedule's history.
+        schedule: what to evaluate and how to move.
+        latent_shape: packed latent with its batch, such as (batch, tokens, channels).
+        constants: a tensor for every other input of the network (conditioning, guidance scale,
+            position tables). The caller may write to them between runs.
+
+    Attributes:
+        initial: where the loop starts from, float32 of `latent_shape`; the run overwrites it.
+        final: where the result is after `run`.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        network: Network,
+        update: Graph,
+        *,
+        schedule: Schedule,
+        latent_shape: tuple[int, ...],
+        constants: Mapping[str, Tensor],
+    ) -> None:
+        self.schedule = schedule
+        self._runtime = runtime
+        self._latents = [runtime.zeros(latent_shape, "float32") for _ in range(2)]
+        self.initial = self._latents[0]
+        self.final = self._latents[schedule.budget % 2]
+        evaluations = self._bind_evaluations(network, update, constants)
+        self._evaluations = [runtime.sequence(pair) for pair in evaluations]
+        self._all = runtime.sequence(list(itertools.chain.from_iterable(evaluations)))
+
+    def run(self, on_evaluation: OnEvaluation | None = None) -> None:
+        """Integrate from `initial` to `final`.
+
+        Without a callback nothing is read back and nothing waits; the work may be under way when
+        this returns. With one, each evaluation is waited for.
+        """
+        if on_evaluation is None:
+            self._all.enqueue()
+            return
+        for done, evaluation in enumerate(self._evaluations, start=1):
+            evaluation.enqueue()
+            self._runtime.synchronize()
+            on_evaluation(done, self.schedule.budget)
+
+    def result(self) -> NDArray[np.float32]:
+        """The final latent, float32; waits. Raises `RenderError` where it is not finite."""
+        latent = self.final.read()
+        if not np.isfinite(latent).all():
+            raise RenderError(
+                "the latent is not finite after the last evaluation, so no picture was made; the "
+                "network overflowed at this precision or its weights are damaged. Rebuild with "
+                "--precision float32, and check the bundle with `meancache-trt inspect --verify`"
+            )
+        return latent
+
+    def _bind_evaluations(
+        self, network: Network, update: Graph, constants: Mapping[str, Tensor]
+    ) -> list[tuple[Call, Call]]:
+        runtime, shape = self._runtime, self.initial.shape
+        history = _history_of(update)
+        rows = self.schedule.table(history)
+        output = runtime.zeros(shape, "float32")
+        zeros = runtime.zeros(shape, "float32")
+        velocities = [runtime.zeros(shape, "float32") for _ in range(history)]
+        calls = []
+        for node, timestep in enumerate(self.schedule.timesteps()):
+            here, there = self._latents[node % 2], self._latents[(node + 1) % 2]
+            fed = np.full(shape[0], float(timestep) * network.timestep_scale, np.float32)
+            evaluate = network.graph.bind(
+                {
+                    **constants,
+                    network.latent: here,
+                    network.timestep: runtime.tensor(fed),
+                    network.output: output,
+                }
+            )
+            used = len(self.schedule.weights[node])
+            past = {
+                f"history_{age}": velocities[(node - age) % history] if age < used else zeros
+                for age in range(1, history)
+            }
+            move = update.bind(
+                {
+                    **past,
+                    "latent": here,
+                    "model_output": output,
+                    "weights": runtime.tensor(rows[node]),
+                    "next_latent": there,
+                    "velocity": velocities[node % history],
+                }
+            )
+            calls.append((evaluate, move))
+        return calls
+
+
+def _history_of(update: Graph) -> int:
+    (size,) = update.inputs["weights"].shape
+    if not isinstance(size, int):
+        raise RenderError(f"the update graph has a fixed number of weights, found {size!r}")
+    return size

@@ -1,0 +1,257 @@
+"""The bundle: a directory that holds everything a host needs to render.
+
+    manifest.json            what is here, and the SHA-256 of every file
+    schedules/NAME.json      any number of baked schedules
+    transformer/ vae_decoder/ update/ prepare.onnx     graphs, beside the weights they point into
+    plans/                   what a backend prepared, and for what
+    pipeline/                tokenizers and text encoders in diffusers' layout
+
+A bundle is built in a temporary directory and renamed, so that it is there whole or not at all.
+Schedules and plans are added later, each by an atomic write under a lock. `bundle_id` covers
+graphs and weights, not schedules and plans: pictures with one `bundle_id` and one schedule are
+comparable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal, Self
+
+import msgspec
+from filelock import FileLock
+
+from meancache_trt.errors import BundleError, InputError, ScheduleError
+from meancache_trt.manifest import Component, Exported
+from meancache_trt.meancache.files import atomic_write, decode_json, encode_json, write_json
+from meancache_trt.meancache.hashing import digest_of, sha256_of, verified_sha256
+from meancache_trt.meancache.schedule import Schedule, load_schedule
+
+Version = Literal["meancache-trt/bundle/1"]
+MANIFEST = "manifest.json"
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size and SHA-256 of a file in the bundle."""
+
+    size_bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`manifest.json`. `digest` is the SHA-256 of the rest of it, as this module writes it."""
+
+    schema: Version = "meancache-trt/bundle/1"
+    bundle_id: str
+    tools: dict[str, str]
+    export: Exported
+    files: dict[str, FileRecord]
+    additions: dict[str, FileRecord] = {}
+    digest: str = ""
+
+    def sealed(self) -> Manifest:
+        """This manifest with its digest computed."""
+        blank = msgspec.structs.replace(self, digest="")
+        return msgspec.structs.replace(blank, digest=digest_of(encode_json(blank)))
+
+
+class Bundle:
+    """An opened bundle whose files are the ones that its manifest names."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, directory: Path | str, *, is_full_check: bool = False) -> Self:
+        """Open a bundle and check its files.
+
+        Graphs, schedules and the manifest are hashed each time. Weights are hashed when their
+        inode, size or times differ from those of the last full hash, or with `is_full_check`.
+
+        Raises:
+            BundleError: where the directory is no bundle, or a file is missing or was altered.
+        """
+        directory = Path(directory)
+        manifest = _read_manifest(directory)
+        for path, record in {**manifest.files, **manifest.additions}.items():
+            _check_file(directory, path, record, is_full_check=is_full_check)
+        return cls(directory, manifest)
+
+    @property
+    def export(self) -> Exported:
+        """What the export says about itself."""
+        return self.manifest.export
+
+    def component_path(self, component: Component) -> Path:
+        """Where a component's graph is."""
+        return self.directory / component.path
+
+    def schedule_names(self) -> list[str]:
+        """Names of the schedules in the bundle, most evaluations first."""
+        names = [
+            Path(path).stem for path in self.manifest.additions if path.startswith("schedules/")
+        ]
+        return sorted(names, key=lambda name: (-self.schedule(name).budget, name))
+
+    def schedule(self, name: str) -> Schedule:
+        """Load a schedule by name. Raises `BundleError` that lists the names there are."""
+        path = f"schedules/{name}.json"
+        if path not in self.manifest.additions:
+            known = ", ".join(self.schedule_names()) or "none yet"
+            raise BundleError(
+                f"{self.directory} has no schedule {name!r}; expected one of {known}, or the "
+                "path of a schedule file. Make one with `meancache-trt bake`"
+            )
+        return load_schedule(self.directory / path)
+
+    def add_schedule(self, schedule: Schedule) -> Path:
+        """Add a schedule under its name, replacing one of that name; returns its path."""
+        if Path(schedule.name).name != schedule.name or schedule.name.startswith("."):
+            raise ScheduleError(f"a schedule's name is a plain file name, found {schedule.name!r}")
+        return self.add_file(f"schedules/{schedule.name}.json", encode_json(schedule))
+
+    def add_file(self, path: str, content: bytes) -> Path:
+        """Write a file atomically and record it in the manifest, under the bundle's lock."""
+        target = self.directory / path
+        with self._locked(path):
+            with atomic_write(target) as temporary:
+                temporary.write_bytes(content)
+            manifest = _read_manifest(self.directory)
+            record = FileRecord(len(content), digest_of(content))
+            additions = {**manifest.additions, path: record}
+            self.manifest = msgspec.structs.replace(
+                manifest, additions=dict(sorted(additions.items()))
+            ).sealed()
+            write_json(self.directory / MANIFEST, self.manifest)
+        return target
+
+    @contextlib.contextmanager
+    def _locked(self, addition: str) -> Iterator[None]:
+        lock = FileLock(self.directory / ".lock")
+        try:
+            (self.directory / addition).parent.mkdir(exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise InputError(
+                f"cannot add {addition} to {self.directory}: {error.strerror}; make it writable"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def create_bundle(
+    directory: Path, export: Callable[[Path], Exported], tools: dict[str, str]
+) -> Bundle:
+    """Build a bundle beside its final place, then rename it there.
+
+    `export` fills the empty directory that it is given. An existing bundle at `directory` is
+    replaced only when the new one is complete; anything else there is left alone.
+
+    Raises:
+        InputError: where something that is no bundle stands at `directory`, or its parent cannot
+            be written.
+    """
+    directory = directory.absolute()
+    if directory.exists() and not (directory / MANIFEST).is_file() and not _is_empty(directory):
+        raise InputError(
+            f"{directory} exists and is no bundle; nothing was changed. Give another output path"
+        )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(
+            tempfile.mkdtemp(prefix=f".{directory.name}.building-", dir=directory.parent)
+        )
+    except OSError as error:
+        raise InputError(
+            f"cannot create {directory}: {error.strerror}; give an output path that is writable"
+        ) from error
+    try:
+        exported = export(building)
+        _write_manifest(building, exported, tools)
+        building.chmod(0o755)
+        _replace(building, directory)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {directory}: {error.strerror}; nothing was left behind. Free some space "
+            "or give another output path"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return Bundle.open(directory)
+
+
+def _write_manifest(building: Path, exported: Exported, tools: dict[str, str]) -> None:
+    hashed = {file.path: file.sha256 for file in exported.weight_files()}
+    paths = sorted(path for path in building.rglob("*") if path.is_file())
+    files = {}
+    for path in paths:
+        name = path.relative_to(building).as_posix()
+        files[name] = FileRecord(path.stat().st_size, hashed.get(name) or sha256_of(path))
+    contents = [(name, record.sha256) for name, record in files.items()]
+    bundle_id = digest_of(encode_json([exported.family, contents]))
+    manifest = Manifest(bundle_id=bundle_id, tools=tools, export=exported, files=files)
+    write_json(building / MANIFEST, manifest.sealed())
+
+
+def _replace(building: Path, directory: Path) -> None:
+    """Put `building` in the place of `directory`, keeping the old bundle until the last moment."""
+    if not directory.exists():
+        building.rename(directory)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
+    directory.rename(old / directory.name)
+    building.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_empty(directory: Path) -> bool:
+    contents: Iterable[Path] = directory.iterdir() if directory.is_dir() else [directory]
+    return next(iter(contents), None) is None
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST
+    if not directory.is_dir() or not path.is_file():
+        what = "no such directory" if not directory.exists() else f"no {MANIFEST} in it"
+        raise BundleError(
+            f"expected a bundle at {directory}, found {what}; make one with "
+            f"`meancache-trt build MODEL -o {directory}`"
+        )
+    try:
+        manifest = decode_json(path, Manifest, BundleError)
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}; build the bundle again") from error
+    if manifest.sealed().digest != manifest.digest:
+        raise BundleError(
+            f"{path} does not have the digest that it states, so it was edited or damaged; build "
+            "the bundle again"
+        )
+    return manifest
+
+
+def _check_file(directory: Path, name: str, record: FileRecord, *, is_full_check: bool) -> None:
+    path = directory / name
+    try:
+        size = path.stat().st_size
+        if size != record.size_bytes:
+            raise BundleError(
+                f"{path} is damaged: expected {record.size_bytes} bytes, found {size}; restore the "
+                "file or build the bundle again"
+            )
+        is_weights = path.suffix == ".safetensors"
+        found = verified_sha256(path) if is_weights and not is_full_check else sha256_of(path)
+    except OSError as error:
+        raise BundleError(
+            f"the bundle lacks {path}: {error.strerror}; restore the file or build the bundle again"
+        ) from error
+    if found != record.sha256:
+        raise BundleError(
+            f"{path} was altered: expected SHA-256 {record.sha256[:16]}…, found {found[:16]}…; "
+            "restore the file or build the bundle again"
+        )

@@ -1,0 +1,5 @@
+"""`python -m meancache_trt.cli`."""
+
+from meancache_trt.cli import main
+
+main()

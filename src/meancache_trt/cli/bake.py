@@ -1,0 +1,118 @@
+"""`bake`: a schedule from nodes, from a published preset, or from a calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import msgspec
+
+from meancache_trt.bundle import Bundle
+from meancache_trt.calibration.baking import BakeOptions, bake_schedules
+from meancache_trt.calibration.trajectories import load_trajectories
+from meancache_trt.cli import options
+from meancache_trt.cli.output import note, print_json, show_schedule
+from meancache_trt.meancache.methods import METHODS
+from meancache_trt.meancache.presets import preset as load_preset
+from meancache_trt.meancache.schedule import Schedule, save_schedule
+from meancache_trt.meancache.schedule import bake as bake_schedule
+from meancache_trt.meancache.sigmas import make_grid
+
+
+@click.command()
+@click.option("--preset", help="A published schedule, such as Qwen/Qwen-Image:10.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="What `calibrate` wrote: nodes and spans are chosen from its trajectories.",
+)
+@click.option("--budget", type=int, help="Network evaluations an image, with --calibration.")
+@click.option("--method", type=click.Choice(list(METHODS)), help="How skipped steps are estimated.")
+@click.option("--nodes", type=options.NUMBERS, help="Evaluated steps: 0,1,3,7.")
+@click.option("--spans", type=options.NUMBERS, help="K of each edge between nodes: 1,2,1.")
+@options.steps
+@click.option("--shift", type=float, default=1.0, show_default=True, help="Static shift.")
+@click.option("--mu", type=float, help="Dynamic shift, instead of --shift.")
+@click.option("--shift-terminal", type=float, help="Last sigma before 0 that the grid ends at.")
+@options.height
+@options.width
+@options.guidance_scale
+@click.option("--name", help="Name of the schedule; by default its method and budget.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write a schedule file.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Add it to this bundle.")
+@options.as_json
+def bake(
+    preset: str | None,
+    calibration: Path | None,
+    budget: int | None,
+    method: str | None,
+    nodes: tuple[int, ...] | None,
+    spans: tuple[int, ...] | None,
+    steps: int,
+    shift: float,
+    mu: float | None,
+    shift_terminal: float | None,
+    height: int | None,
+    width: int | None,
+    guidance_scale: float | None,
+    name: str | None,
+    output: Path | None,
+    bundle: Path | None,
+    as_json: bool,
+) -> None:
+    """Fold a schedule into weights, one row for each network evaluation.
+
+    \b
+    From nodes:         bake --method official --nodes 0,1,3,7 --spans 1,2,1 --steps 10 --shift 3
+    A published one:    bake --preset Qwen/Qwen-Image:10
+    From a calibration: bake --calibration DIR --budget 10 --bundle flux.mcb
+    """
+    if sum((preset is not None, calibration is not None, nodes is not None)) != 1:
+        raise click.UsageError("give --nodes, --preset or --calibration, and only one of them")
+    if preset is not None:
+        schedule = load_preset(preset, height=height, width=width)
+    elif calibration is not None:
+        schedule = _from_calibration(calibration, budget, method)
+    else:
+        assert nodes is not None
+        grid = make_grid(
+            steps, shift=shift, mu=mu, shift_terminal=shift_terminal, height=height, width=width
+        )
+        schedule = bake_schedule(
+            method or "euler", grid, nodes, spans, guidance_scale=guidance_scale
+        )
+    if name is not None:
+        schedule = msgspec.structs.replace(schedule, name=name)
+    _deliver(schedule, output, bundle)
+    _print(schedule, as_json=as_json)
+
+
+def _from_calibration(directory: Path, budget: int | None, method: str | None) -> Schedule:
+    if budget is None:
+        raise click.UsageError("--calibration needs --budget")
+    options = BakeOptions() if method is None else BakeOptions(method=method)
+    (schedule,) = bake_schedules(load_trajectories(directory), [budget], options)
+    return schedule
+
+
+def _deliver(schedule: Schedule, output: Path | None, bundle: Path | None) -> None:
+    if output is not None:
+        save_schedule(schedule, output)
+        note(f"wrote {output}")
+    if bundle is not None:
+        Bundle.open(bundle).add_schedule(schedule)
+        note(f"added schedule {schedule.name} to {bundle}")
+
+
+def _print(schedule: Schedule, *, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "sigmas": schedule.grid.sigmas,
+                "timesteps": schedule.grid.timesteps,
+                "nodes": schedule.nodes,
+                "weights": schedule.weights,
+            }
+        )
+        return
+    show_schedule(schedule)

@@ -1,0 +1,266 @@
+"""`build`, and its stages as commands of their own: `export`, `calibrate`, `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from meancache_trt.bundle import Bundle
+from meancache_trt.calibration.baking import bake_schedules
+from meancache_trt.cli import options
+from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
+from meancache_trt.cli.output import note, print_json, print_table, progress
+from meancache_trt.cli.render import read_prompts
+from meancache_trt.meancache.schedule import save_schedule
+
+_samples = click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Pictures to record; 8 to 16 suffice.",
+)
+_prompts = click.option(
+    "--prompts",
+    "file",
+    type=click.Path(path_type=Path),
+    help="Prompts to record, one a line; a packaged list by default.",
+)
+_budgets = click.option(
+    "--budget",
+    "budgets",
+    type=int,
+    multiple=True,
+    help="Network evaluations an image; may be given several times.",
+)
+_text_tokens = click.option(
+    "--text-tokens", type=click.IntRange(min=1), help="Text length; by default the pipeline's."
+)
+_weights = click.option(
+    "--weights",
+    type=click.Choice(["link", "copy"]),
+    default="link",
+    show_default=True,
+    help="link: share the checkpoint's files; copy: a bundle that travels.",
+)
+_skip_parity = click.option(
+    "--skip-parity", is_flag=True, help="Do not compare the graphs with diffusers."
+)
+_output = click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The bundle to make."
+)
+
+
+@click.command()
+@options.model
+@_output
+@options.height
+@options.width
+@_text_tokens
+@options.steps
+@options.guidance_scale
+@_budgets
+@_samples
+@_prompts
+@_weights
+@_skip_parity
+@options.backend
+@options.threads
+@options.force
+@options.as_json
+def build(
+    model: str,
+    output: Path,
+    height: int | None,
+    width: int | None,
+    text_tokens: int | None,
+    steps: int,
+    guidance_scale: float | None,
+    budgets: tuple[int, ...],
+    samples: int,
+    file: Path | None,
+    weights: Literal["link", "copy"],
+    skip_parity: bool,
+    backend: str,
+    threads: int,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Make a bundle from a diffusers checkpoint: export, calibrate, bake, plan.
+
+    MODEL is a diffusers folder, a hub id, or standin/flux, the small model that comes with the
+    package. Stages that are finished are not done again. What is recorded for calibration goes to
+    OUTPUT.calibration beside the bundle and can be deleted afterwards.
+    """
+    from meancache_trt import build as stages  # noqa: PLC0415  (torch, through the exporter)
+
+    checkpoint = stages.find_model(model)
+    height, width = stages.picture_size(checkpoint, height, width)
+    bundle = stages.export(
+        checkpoint,
+        output,
+        stages.ExportOptions(
+            height=height,
+            width=width,
+            text_tokens=text_tokens,
+            weights=weights,
+            is_parity_checked=not skip_parity,
+        ),
+        note=note,
+        is_forced=force,
+    )
+    recording = stages.RecordOptions(
+        height=height,
+        width=width,
+        prompts=_read(file) or stages.default_prompts(checkpoint),
+        steps=steps,
+        samples=samples,
+        guidance_scale=guidance_scale,
+    )
+    work = output.with_name(f"{output.name}.calibration")
+    with progress("calibrate") as report:
+        trajectories = stages.record_pipeline(checkpoint, work, recording, note=note, report=report)
+    stages.bake_into(bundle, trajectories, budgets or stages.DEFAULT_BUDGETS)
+    stages.plan(bundle, backend=backend, threads=threads)
+    report_schedules(bundle, as_json=as_json)
+
+
+@click.command()
+@options.model
+@_output
+@options.height
+@options.width
+@_text_tokens
+@_weights
+@_skip_parity
+@options.force
+@options.as_json
+def export(
+    model: str,
+    output: Path,
+    height: int | None,
+    width: int | None,
+    text_tokens: int | None,
+    weights: Literal["link", "copy"],
+    skip_parity: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Export a checkpoint's graphs into a new bundle and compare them with diffusers."""
+    from meancache_trt import build as stages  # noqa: PLC0415
+
+    checkpoint = stages.find_model(model)
+    height, width = stages.picture_size(checkpoint, height, width)
+    exporting = stages.ExportOptions(
+        height=height,
+        width=width,
+        text_tokens=text_tokens,
+        weights=weights,
+        is_parity_checked=not skip_parity,
+    )
+    bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
+    inspect_bundle(bundle, as_json=as_json)
+
+
+@click.command()
+@options.model
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to record in."
+)
+@options.height
+@options.width
+@options.steps
+@options.guidance_scale
+@_samples
+@_prompts
+@_budgets
+@options.as_json
+def calibrate(
+    model: str,
+    output: Path,
+    height: int | None,
+    width: int | None,
+    steps: int,
+    guidance_scale: float | None,
+    samples: int,
+    file: Path | None,
+    budgets: tuple[int, ...],
+    as_json: bool,
+) -> None:
+    """Record a checkpoint's own pipeline over all its steps, and bake schedules from that.
+
+    Can be interrupted and resumed. With --budget, schedules are written to OUTPUT/bN.json;
+    `bake --calibration OUTPUT` makes more later without running the network.
+    """
+    from meancache_trt import build as stages  # noqa: PLC0415
+
+    checkpoint = stages.find_model(model)
+    height, width = stages.picture_size(checkpoint, height, width)
+    recording = stages.RecordOptions(
+        height=height,
+        width=width,
+        prompts=_read(file) or stages.default_prompts(checkpoint),
+        steps=steps,
+        samples=samples,
+        guidance_scale=guidance_scale,
+    )
+    with progress("calibrate") as report:
+        trajectories = stages.record_pipeline(
+            checkpoint, output, recording, note=note, report=report
+        )
+    schedules = bake_schedules(trajectories, budgets)
+    for schedule in schedules:
+        save_schedule(schedule, output / f"b{schedule.budget}.json")
+    if as_json:
+        print_json(
+            {
+                "samples": len(trajectories),
+                "seconds": trajectories.seconds,
+                "network_evaluations": len(trajectories) * trajectories.grid.steps,
+                "schedules": [schedule_facts(schedule) for schedule in schedules],
+            }
+        )
+        return
+    note(f"{len(trajectories)} samples in {output}, {trajectories.seconds:.1f} s of recording")
+    if schedules:
+        print_schedules(schedules)
+
+
+@click.command()
+@options.bundle
+@options.backend
+@options.threads
+@options.as_json
+def plan(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
+    """Prepare a bundle's graphs for a backend and measure one evaluation."""
+    from meancache_trt import build as stages  # noqa: PLC0415
+
+    record = stages.plan(Bundle.open(bundle), backend=backend, threads=threads)
+    if as_json:
+        print_json(record)
+        return
+    click.echo(f"{record.runtime} {record.version}: {record.evaluation_ms:.2f} ms an evaluation")
+    print_table(["graph", "load ms"], [[k, f"{ms:.1f}"] for k, ms in record.load_ms.items()])
+
+
+def report_schedules(bundle: Bundle, *, as_json: bool) -> None:
+    """Print the schedules of a bundle that was just built."""
+    schedules = [bundle.schedule(name) for name in bundle.schedule_names()]
+    if as_json:
+        facts = [schedule_facts(schedule) for schedule in schedules]
+        print_json(
+            {
+                "bundle": str(bundle.directory),
+                "bundle_id": bundle.manifest.bundle_id,
+                "schedules": facts,
+            }
+        )
+        return
+    print_schedules(schedules)
+    note(f"built {bundle.directory}")
+
+
+def _read(file: Path | None) -> tuple[str, ...]:
+    return tuple(read_prompts(file)) if file is not None else ()

@@ -1,0 +1,155 @@
+"""`inspect` and `doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from meancache_trt.bundle import MANIFEST, Bundle
+from meancache_trt.cli import options
+from meancache_trt.cli.output import decibels, print_json, print_table, show_schedule
+from meancache_trt.engine.select import available_backends
+from meancache_trt.meancache.schedule import Schedule, load_schedule
+
+_PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-python",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "numpy",
+)
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Hash all weights again.")
+@options.as_json
+def inspect(path: Path, verify: bool, as_json: bool) -> None:
+    """Show what a bundle or a schedule file holds."""
+    if path.is_file() and path.name != MANIFEST:
+        _inspect_schedule(load_schedule(path), as_json=as_json)
+        return
+    directory = path.parent if path.name == MANIFEST else path
+    inspect_bundle(Bundle.open(directory, is_full_check=verify), as_json=as_json)
+
+
+@click.command()
+@options.as_json
+def doctor(as_json: bool) -> None:
+    """Show what this machine can run, and what will be chosen."""
+    facts = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "backends": available_backends(),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    print_table(["machine", ""], [[k, facts[k]] for k in ("python", "platform", "cores")])
+    click.echo()
+    packages: Any = facts["packages"]
+    print_table(["package", "version"], [[k, v or "not installed"] for k, v in packages.items()])
+    click.echo()
+    print_table(["backend", ""], [[b.name, b.state] for b in available_backends()])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _inspect_schedule(schedule: Schedule, *, as_json: bool) -> None:
+    if as_json:
+        print_json(schedule)
+        return
+    show_schedule(schedule)
+
+
+def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
+    """Print what a bundle holds."""
+    export = bundle.export
+    schedules = [bundle.schedule(name) for name in bundle.schedule_names()]
+    plans = [path for path in bundle.manifest.additions if path.startswith("plans/")]
+    if as_json:
+        facts = {
+            "bundle_id": bundle.manifest.bundle_id,
+            **msgspec.to_builtins(export),
+            "schedules": [schedule_facts(schedule) for schedule in schedules],
+            "plans": plans,
+            "tools": bundle.manifest.tools,
+        }
+        print_json(facts)
+        return
+    click.echo(f"bundle      {bundle.directory}  ({bundle.manifest.bundle_id[:16]})")
+    click.echo(f"family      {export.family}")
+    click.echo(f"checkpoint  {export.model.name}  ({export.model.digest[:16]})")
+    click.echo(f"picture     {export.resolution.width}x{export.resolution.height}")
+    click.echo(f"guidance    {export.guidance.rule}, default {export.guidance.default_scale}")
+    click.echo()
+    print_table(
+        ["component", "precision", "weights MB", "shared MB"],
+        [
+            [
+                name,
+                part.precision,
+                f"{part.weight_bytes / 1e6:.2f}",
+                f"{part.shared_bytes / 1e6:.2f}",
+            ]
+            for name, part in export.components.items()
+        ],
+    )
+    click.echo()
+    print_table(
+        ["parity", "max abs error", "tolerance"],
+        [[p.component, f"{p.max_abs_error:.1e}", f"{p.tolerance:.0e}"] for p in export.parity],
+    )
+    click.echo()
+    print_schedules(schedules)
+    for path in plans:
+        click.echo(path)
+
+
+def print_schedules(schedules: Sequence[Schedule]) -> None:
+    """Print one line a schedule."""
+    print_table(
+        ["schedule", "evaluations", "of", "method", "history", "held-out PSNR dB"],
+        [
+            [s.name, s.budget, s.grid.steps, s.method, s.history, decibels(_psnr(s))]
+            for s in schedules
+        ],
+    )
+
+
+def schedule_facts(schedule: Schedule) -> dict[str, object]:
+    """What `--json` says of a schedule in a list."""
+    return {
+        "name": schedule.name,
+        "budget": schedule.budget,
+        "steps": schedule.grid.steps,
+        "method": schedule.method,
+        "history": schedule.history,
+        "guidance_scale": schedule.guidance_scale,
+        "psnr_mean": _psnr(schedule),
+    }
+
+
+def _psnr(schedule: Schedule) -> float | None:
+    return schedule.calibration.psnr_mean if schedule.calibration else None

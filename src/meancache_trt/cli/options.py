@@ -1,0 +1,59 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from meancache_trt.engine.select import BACKENDS
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+backend = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What runs the graphs; `meancache-trt doctor` lists them.",
+)
+threads = click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Cores that one graph may use; 0 means all.",
+)
+height = click.option("--height", type=click.IntRange(min=1), help="Picture height in pixels.")
+width = click.option("--width", type=click.IntRange(min=1), help="Picture width in pixels.")
+steps = click.option(
+    "--steps",
+    type=int,
+    default=50,
+    show_default=True,
+    help="Steps of the model's own full integration.",
+)
+guidance_scale = click.option(
+    "--guidance-scale", type=float, help="Guidance scale; by default the model's."
+)
+force = click.option("--force", is_flag=True, help="Redo what is already there.")
+model = click.argument("model")
+bundle = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+class NumberList(click.ParamType[tuple[int, ...]]):
+    """Whole numbers with commas between them, such as 0,1,3,7."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse; a usage error where something else than numbers stands there."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0,1,3,7", param, ctx)
+
+
+NUMBERS = NumberList()

@@ -1,0 +1,99 @@
+"""What the commands print: results on standard output, progress and messages on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from meancache_trt.meancache.schedule import Schedule
+
+Report = Callable[[int, int], None]
+"""(done, total)."""
+
+_PLAIN_LINE_S = 10.0
+"""Seconds between progress lines where standard error is no terminal."""
+
+
+def note(message: str) -> None:
+    """Say what is happening, on standard error."""
+    click.echo(message, err=True)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document on standard output."""
+    click.echo(json.dumps(msgspec.to_builtins(value), ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
+    """Print a table whose first column is text and whose other columns are numbers."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(highlight=False, width=None).print(table)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Report]:
+    """A bar on a terminal, a line now and then elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain(what)
+        return
+    columns: Any = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain(what: str) -> Report:
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= _PLAIN_LINE_S:
+            last = time.monotonic()
+            note(f"{what}: {done}/{total}")
+
+    return report
+
+
+def decibels(value: float | None) -> str:
+    """A PSNR for people; a dash where there is none."""
+    return "—" if value is None else f"{value:.2f}"
+
+
+def show_schedule(schedule: Schedule) -> None:
+    """Print a schedule as a table of its rows."""
+    click.echo(
+        f"schedule {schedule.name}: {schedule.method}, {schedule.budget} of "
+        f"{schedule.grid.describe()}, history {schedule.history}"
+    )
+    if schedule.guidance_scale is not None:
+        click.echo(f"guidance scale {schedule.guidance_scale}")
+    if schedule.model is not None:
+        click.echo(f"model {schedule.model.name}")
+    click.echo()
+    spans = [*(schedule.spans or ()), ""] if schedule.spans else [""] * schedule.budget
+    rows = [
+        [step, f"{sigma:.6f}", span, "  ".join(f"{weight:+.6f}" for weight in weights)]
+        for step, sigma, span, weights in zip(
+            schedule.nodes, schedule.sigmas(), spans, schedule.weights, strict=False
+        )
+    ]
+    print_table(["node", "sigma", "span", "weights of v_n, v_n-1, …"], rows)

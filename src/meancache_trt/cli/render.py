@@ -1,0 +1,176 @@
+"""`render` and `encode`."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from pathlib import Path
+
+import click
+
+from meancache_trt.cli import options
+from meancache_trt.cli.output import note, print_json, print_table, progress
+from meancache_trt.errors import InputError
+from meancache_trt.meancache.files import read_bytes
+from meancache_trt.render import Conditioning, NoiseSource, Rendering, load
+
+
+@click.command()
+@options.bundle
+@click.option("--prompt", "texts", multiple=True, help="A prompt; may be given several times.")
+@click.option(
+    "--prompts", "file", type=click.Path(path_type=Path), help="A text file, one prompt a line."
+)
+@click.option(
+    "--embeddings",
+    type=click.Path(path_type=Path),
+    help="What `encode` wrote; rendering then needs no torch.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory.")
+@click.option(
+    "--schedule",
+    help="A name in the bundle, a number of evaluations, or a schedule file. By default the "
+    "bundle's calibrated schedule with most evaluations.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
+@options.guidance_scale
+@options.height
+@options.width
+@click.option(
+    "--noise",
+    type=click.Choice(["philox", "torch"]),
+    default="philox",
+    show_default=True,
+    help="philox: the same in every host; torch: as diffusers draws it for the seed.",
+)
+@options.backend
+@options.threads
+@options.as_json
+def render(
+    bundle: Path,
+    texts: tuple[str, ...],
+    file: Path | None,
+    embeddings: Path | None,
+    output: Path,
+    schedule: str | None,
+    seed: int,
+    guidance_scale: float | None,
+    height: int | None,
+    width: int | None,
+    noise: NoiseSource,
+    backend: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Render a picture for each prompt into a directory.
+
+    The same bundle, prompt, seed and schedule always give the same file.
+    """
+    prompts = _prompts(texts, file, embeddings)
+    with (
+        load(bundle, backend=backend, threads=threads) as pipeline,
+        progress("rendering") as report,
+    ):
+        renderings = pipeline.render(
+            prompts,
+            seed=seed,
+            schedule=schedule,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            noise=noise,
+            on_evaluation=lambda image, images, done, budget: report(
+                image * budget + done, images * budget
+            ),
+        )
+    paths = save_all(renderings, output)
+    _print_summary(renderings, paths, as_json=as_json)
+
+
+@click.command()
+@options.bundle
+@click.option("--prompt", "texts", multiple=True, help="A prompt; may be given several times.")
+@click.option(
+    "--prompts", "file", type=click.Path(path_type=Path), help="A text file, one prompt a line."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File.")
+def encode(bundle: Path, texts: tuple[str, ...], file: Path | None, output: Path) -> None:
+    """Encode prompts into a safetensors file that `render --embeddings` takes."""
+    prompts = _prompts(texts, file, None)
+    assert isinstance(prompts, list)
+    with load(bundle) as pipeline:
+        pipeline.encode(prompts).save(output)
+    note(f"wrote {output}: {len(prompts)} prompts")
+
+
+def save_all(renderings: list[Rendering], directory: Path) -> list[Path]:
+    """Write pictures as NNNN-words.png; a directory made for them goes again if writing fails."""
+    is_new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot create {directory}: {error.strerror}; give a directory that is writable"
+        ) from error
+    paths: list[Path] = []
+    try:
+        for index, rendering in enumerate(renderings):
+            path = directory / f"{index:04d}-{_slug(rendering.prompt)}.png"
+            rendering.save(path)
+            paths.append(path)
+    except InputError:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        if is_new:
+            directory.rmdir()
+        raise
+    return paths
+
+
+def _prompts(
+    texts: tuple[str, ...], file: Path | None, embeddings: Path | None
+) -> list[str] | Conditioning:
+    if sum((bool(texts), file is not None, embeddings is not None)) != 1:
+        raise click.UsageError("give --prompt, --prompts FILE or --embeddings FILE, and only one")
+    if embeddings is not None:
+        return Conditioning.load(embeddings)
+    return list(texts) if file is None else read_prompts(file)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Non-empty lines of a UTF-8 file. Raises `InputError` where there are none."""
+    try:
+        lines = read_bytes(file).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"expected one prompt a line in {file}, found none; write some")
+    return prompts
+
+
+def _slug(prompt: str) -> str:
+    words = re.findall(r"[a-z0-9]+", prompt.lower())
+    return "-".join(words)[:48].rstrip("-") or "picture"
+
+
+def _print_summary(renderings: list[Rendering], paths: list[Path], *, as_json: bool) -> None:
+    rows = [
+        {
+            "path": str(path),
+            "prompt": rendering.prompt,
+            "seed": rendering.seed,
+            "schedule": rendering.schedule,
+            "guidance_scale": rendering.guidance_scale,
+            "loop_ms": round(rendering.loop_ms, 3),
+        }
+        for rendering, path in zip(renderings, paths, strict=True)
+    ]
+    if as_json:
+        print_json({"images": rows})
+        return
+    print_table(["picture", "loop ms"], [[row["path"], f"{row['loop_ms']:.1f}"] for row in rows])
+    median = statistics.median(rendering.loop_ms for rendering in renderings)
+    note(f"{len(rows)} pictures, schedule {renderings[0].schedule}, median loop {median:.1f} ms")

@@ -1,0 +1,166 @@
+"""What an export says about itself: plain records, written into a bundle's manifest.
+
+A host binds tensors by their role and never by the model's family.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+
+Role = Literal[
+    "noise",  # unpacked latent at sigma 1, one sample after another
+    "latent",  # what the loop integrates, float32, packed as the transformer takes it
+    "latent_grid",  # the same memory, its token axis split as the decoder takes it
+    "timestep",  # (B,), what the network is fed: a grid timestep times `timestep_scale`
+    "guidance_scale",  # (B,)
+    "conditioning",  # from the prompt encoder, by name
+    "prepared",  # an output of the prepare graph, by name, for the transformer input of that name
+    "velocity",  # dx/dsigma as the network gives it, or after guidance in the update graph
+    "history",  # velocities evaluated before, youngest first
+    "weights",  # (H,), one schedule row, the new velocity's weight first
+    "image",  # (B, 3, H, W) in [0, 1]
+]
+GuidanceRule = Literal["embedded", "classifier_free", "none"]
+
+
+class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph's input or output: NumPy dtype name, shape (a `str` is a symbol), role."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+    role: Role
+
+
+class WeightFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A safetensors file that a graph's initialisers point into.
+
+    `path` is relative to the bundle; `is_linked` where it shares the checkpoint's disk blocks.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str
+    is_linked: bool
+
+
+class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph file, its tensors by name, and where its weights are.
+
+    `weight_bytes` counts all initialisers, `shared_bytes` those that lie in `weights`.
+    """
+
+    path: str
+    inputs: dict[str, TensorRecord]
+    outputs: dict[str, TensorRecord]
+    precision: str = "f32"
+    opset: int = 20
+    weights: tuple[WeightFile, ...] = ()
+    weight_bytes: int = 0
+    shared_bytes: int = 0
+
+    def input_named(self, role: Role) -> str:
+        """The name of the only input with `role`; a `KeyError` where there is not exactly one."""
+        return _only(self.inputs, role)
+
+    def output_named(self, role: Role) -> str:
+        """The name of the only output with `role`; a `KeyError` where there is not exactly one."""
+        return _only(self.outputs, role)
+
+
+class Resolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A picture size, and the size of every symbol but the batch at it.
+
+    Shapes are those of one sample: `noise_shape` (C, Hl, Wl), `latent_shape` (S, C), and
+    `decode_shape` (rows, columns, C), the latent's memory as the decoder takes it.
+    """
+
+    height: int
+    width: int
+    frames: int | None
+    symbols: dict[str, int]
+    noise_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    decode_shape: tuple[int, ...]
+
+
+class Guidance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a guidance scale acts; `default_scale` is null where the model takes none."""
+
+    rule: GuidanceRule
+    default_scale: float | None
+
+
+class ParityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph against the unpatched module: largest absolute difference over `sizes`."""
+
+    component: str
+    max_abs_error: float
+    tolerance: float
+    sizes: tuple[dict[str, int], ...]
+    runtime: str
+
+
+class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which checkpoint: folder name or hub id, hub revision, and what schedules are made for.
+
+    `digest` is the SHA-256 over the transformer's config.json and its weight files' digests.
+    """
+
+    name: str
+    revision: str | None
+    digest: str
+
+
+class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that a host needs to know of an export.
+
+    `components` has "transformer", "prepare", "vae_decoder" and "update/h4", "update/h8",
+    "update/h16"; paths in it are relative to the bundle. `timestep_scale` is applied in float64
+    and the product rounded to float32. `grid` says what the pipeline hands its scheduler:
+    "linspace" sigmas linspace(1, 1/T, T), or "count" T alone. `encoder_weights` are the text
+    encoders' files under pipeline/.
+    """
+
+    family: str
+    model: Model
+    components: dict[str, Component]
+    encoder_weights: tuple[WeightFile, ...]
+    resolution: Resolution
+    guidance: Guidance
+    grid: Literal["linspace", "count"]
+    timestep_scale: float
+    num_train_timesteps: int
+    text_tokens: int
+    scheduler: dict[str, Any]
+    parity: tuple[ParityRecord, ...]
+
+    def weight_files(self) -> list[WeightFile]:
+        """Every weight file of the bundle, those of the prompt encoders last."""
+        parts = [file for component in self.components.values() for file in component.weights]
+        return [*parts, *self.encoder_weights]
+
+    def update_for(self, history: int) -> Component:
+        """The smallest update graph that holds `history` velocities; `KeyError` where none does."""
+        fitting = [
+            (len(_named(part.inputs, "history")) + 1, name)
+            for name, part in self.components.items()
+            if PurePosixPath(name).parts[0] == "update"
+        ]
+        sizes = sorted(pair for pair in fitting if pair[0] >= history)
+        if not sizes:
+            raise KeyError(f"no update graph holds {history} velocities")
+        return self.components[sizes[0][1]]
+
+
+def _named(tensors: dict[str, TensorRecord], role: Role) -> list[str]:
+    return [name for name, record in tensors.items() if record.role == role]
+
+
+def _only(tensors: dict[str, TensorRecord], role: Role) -> str:
+    names = _named(tensors, role)
+    if len(names) != 1:
+        raise KeyError(f"expected one tensor with role {role!r}, found {names}")
+    return names[0]

@@ -1,0 +1,330 @@
+"""Render pictures from a bundle: the Python host.
+
+with meancache_trt.load("flux.mcb") as pipeline:
+    pipeline.render(["a prompt"], seed=0, schedule="b10")[0].save("out.png")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from meancache_trt.bundle import Bundle
+from meancache_trt.engine.select import open_runtime
+from meancache_trt.errors import BundleError, InputError, ScheduleError
+from meancache_trt.export.registry import FAMILIES
+from meancache_trt.export.text import PromptEncoder
+from meancache_trt.manifest import Resolution
+from meancache_trt.meancache.files import atomic_write
+from meancache_trt.meancache.noise import philox_normal, torch_normal
+from meancache_trt.meancache.schedule import Schedule, load_schedule
+from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
+from meancache_trt.session import Graphs, Session
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NoiseSource = Literal["philox", "torch"]
+_NOISE: dict[str, Callable[[int, Sequence[int]], NDArray[np.float32]]] = {
+    "philox": philox_normal,
+    "torch": torch_normal,
+}
+OnImage = Callable[[int, int, int, int], None]
+"""(picture index, pictures, evaluations done, B), called after each evaluation."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: tensors by transformer input name, batch first, float32."""
+
+    prompts: tuple[str, ...]
+    tensors: Mapping[str, NDArray[np.float32]]
+
+    def select(self, index: int) -> Conditioning:
+        """One of the prompts, as a batch of one."""
+        tensors = {name: tensor[index : index + 1] for name, tensor in self.tensors.items()}
+        return Conditioning((self.prompts[index],), tensors)
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file, atomically."""
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self.tensors.items()}
+        with atomic_write(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata={"prompts": json.dumps(self.prompts)})
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read what `save` wrote. Raises `InputError` where it is something else."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                prompts = json.loads((file.metadata() or {})["prompts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(
+                f"cannot read embeddings from {path}: {error}; make the file with "
+                "`meancache-trt encode`"
+            ) from error
+        return cls(tuple(prompts), tensors)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """One picture, and what it was made from.
+
+    `latent` is the packed result (S, C), `pixels` (H, W, 3) float32 in [0, 1]; `loop_ms` is the
+    denoising loop alone.
+    """
+
+    prompt: str
+    seed: int
+    schedule: str
+    guidance_scale: float | None
+    bundle_id: str
+    latent: NDArray[np.float32]
+    pixels: NDArray[np.float32]
+    loop_ms: float
+
+    @property
+    def image(self) -> Image:
+        """The picture as 8-bit RGB, rounded as diffusers does."""
+        from PIL import Image  # noqa: PLC0415  (only pictures need it)
+
+        return Image.fromarray((self.pixels * 255).round().astype(np.uint8))
+
+    def save(self, path: Path | str) -> None:
+        """Write a PNG atomically, with prompt, seed, schedule and bundle as text chunks."""
+        from PIL.PngImagePlugin import PngInfo  # noqa: PLC0415
+
+        info = PngInfo()
+        info.add_itxt("prompt", self.prompt)
+        for key in ("seed", "schedule", "guidance_scale", "bundle_id"):
+            info.add_text(key, str(getattr(self, key)))
+        with atomic_write(Path(path)) as temporary:
+            self.image.save(temporary, format="PNG", pnginfo=info)
+
+
+class Pipeline:
+    """A bundle on a backend. A context manager; not thread-safe."""
+
+    def __init__(self, bundle: Bundle, *, backend: str = "auto", threads: int = 0) -> None:
+        self.bundle = bundle
+        self.runtime = open_runtime(backend, threads=threads)
+        self.graphs = Graphs(bundle, self.runtime)
+        self._sessions: dict[tuple[Schedule, Resolution], Session] = {}
+        self._encoder: PromptEncoder | None = None
+
+    def __enter__(self) -> Self:
+        self.runtime.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._sessions.clear()
+        self.runtime.__exit__(kind, error, trace)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts with the bundle's text encoders; needs torch and transformers."""
+        export = self.bundle.export
+        if self._encoder is None:
+            directory = self.bundle.directory / "pipeline"
+            self._encoder = PromptEncoder(FAMILIES[export.family], directory, export.text_tokens)
+        return Conditioning(tuple(prompts), self._encoder.encode(prompts))
+
+    def grid(self, steps: int) -> SigmaGrid:
+        """The grid that the checkpoint's own pipeline would use with this many steps."""
+        export = self.bundle.export
+        size = self.resolution()
+        return grid_from_config(
+            export.scheduler,
+            steps,
+            convention=export.grid,
+            image_tokens=size.symbols["image_tokens"],
+            height=size.height,
+            width=size.width,
+            frames=size.frames,
+        )
+
+    def resolution(self, height: int | None = None, width: int | None = None) -> Resolution:
+        """The bundle's resolution. Raises `BundleError` where another is asked for."""
+        size = self.bundle.export.resolution
+        wanted = (height or size.height, width or size.width)
+        if wanted != (size.height, size.width):
+            raise BundleError(
+                f"this bundle renders {size.width}x{size.height}, found {wanted[1]}x{wanted[0]}; "
+                f"build one with --height {wanted[0]} --width {wanted[1]}"
+            )
+        return size
+
+    def schedule(
+        self, schedule: str | int | Path | Schedule | None, guidance_scale: float | None
+    ) -> Schedule:
+        """Find a schedule and check that it belongs to this bundle.
+
+        Args:
+            schedule: a name in the bundle, a budget, a file, or None for the bundle's largest
+                calibrated one (its largest, where none is calibrated).
+            guidance_scale: what will be rendered with.
+
+        Raises:
+            BundleError: where the bundle has none of that name or budget.
+            ScheduleError: where it belongs to another model, grid, guidance scale or precision.
+        """
+        found = schedule if isinstance(schedule, Schedule) else self._find(schedule)
+        export = self.bundle.export
+        if found.model is not None and found.model.digest not in (None, export.model.digest):
+            raise ScheduleError(
+                f"schedule {found.name!r} was calibrated on {found.model.name!r} (digest "
+                f"{str(found.model.digest)[:12]}), this bundle is {export.model.name!r} (digest "
+                f"{export.model.digest[:12]}); calibrate on this checkpoint"
+            )
+        return found.fit_to(self.grid(found.grid.steps), guidance_scale)
+
+    def session(self, schedule: Schedule, resolution: Resolution | None = None) -> Session:
+        """The session of a schedule and size; made once, then kept."""
+        key = (schedule, resolution or self.resolution())
+        if key not in self._sessions:
+            self._sessions[key] = Session(self.graphs, *key)
+        return self._sessions[key]
+
+    def guidance(self, guidance_scale: float | None) -> float | None:
+        """The scale to render with: the model's default where None is given.
+
+        Raises `InputError` for a scale that the model cannot take.
+        """
+        guidance = self.bundle.export.guidance
+        if guidance.rule == "none" and guidance_scale is not None:
+            raise InputError(
+                f"this model takes no guidance scale, found {guidance_scale}; leave it out"
+            )
+        if guidance_scale is not None and not 0 <= guidance_scale < 1000:
+            raise InputError(f"a guidance scale is 0 to 1000, found {guidance_scale}")
+        return guidance.default_scale if guidance_scale is None else guidance_scale
+
+    def render(
+        self,
+        prompts: Sequence[str] | Conditioning,
+        *,
+        seed: int | Sequence[int] = 0,
+        schedule: str | int | Path | Schedule | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        noise: NoiseSource = "philox",
+        on_evaluation: OnImage | None = None,
+    ) -> list[Rendering]:
+        """Render one picture for each prompt.
+
+        A picture depends on its own prompt and seed alone, not on its place in the list.
+
+        Args:
+            prompts: texts, or what `encode` made of them (then torch is not needed).
+            seed: one for all, or one for each.
+            schedule: see `schedule`.
+            guidance_scale: by default the model's.
+            height: pixels; by default the bundle's.
+            width: pixels; by default the bundle's.
+            noise: "philox" is this project's generator, the same in every host; "torch" gives
+                diffusers' own noise for `torch.Generator("cpu").manual_seed(seed)`.
+            on_evaluation: called after each evaluation; an exception in it cancels.
+        """
+        conditioning = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
+        seeds = _seeds(seed, len(conditioning.prompts))
+        if noise not in _NOISE:
+            raise InputError(f"noise is one of {', '.join(_NOISE)}, found {noise!r}")
+        scale = self.guidance(guidance_scale)
+        size = self.resolution(height, width)
+        chosen = self.schedule(schedule, scale)
+        session = self.session(chosen, size)
+        renderings = []
+        for index, (prompt, start) in enumerate(zip(conditioning.prompts, seeds, strict=True)):
+            batch = session.run(
+                _NOISE[noise](start, size.noise_shape)[None],
+                conditioning.select(index).tensors,
+                scale,
+                _for_image(on_evaluation, index, len(seeds)),
+            )
+            renderings.append(
+                Rendering(
+                    prompt=prompt,
+                    seed=start,
+                    schedule=chosen.name,
+                    guidance_scale=scale,
+                    bundle_id=self.bundle.manifest.bundle_id,
+                    latent=batch.latents[0],
+                    pixels=batch.pictures[0],
+                    loop_ms=batch.loop_ms,
+                )
+            )
+        return renderings
+
+    def _find(self, schedule: str | int | Path | None) -> Schedule:
+        schedules = [self.bundle.schedule(name) for name in self.bundle.schedule_names()]
+        if schedule is None:
+            calibrated = [found for found in schedules if found.calibration is not None]
+            if not schedules:
+                raise BundleError(
+                    f"{self.bundle.directory} has no schedule yet; `meancache-trt bake` makes one"
+                )
+            return (calibrated or schedules)[0]
+        if isinstance(schedule, int) or (isinstance(schedule, str) and schedule.isdecimal()):
+            for found in schedules:
+                if found.budget == int(schedule):
+                    return found
+            raise BundleError(
+                f"{self.bundle.directory} has no schedule of {schedule} evaluations; it has "
+                f"{[found.budget for found in schedules]}. Add one with `meancache-trt bake`"
+            )
+        if Path(schedule).suffix == ".json":
+            return load_schedule(schedule)
+        return self.bundle.schedule(str(schedule))
+
+
+def load(
+    bundle: Path | str,
+    *,
+    backend: str = "auto",
+    threads: int = 0,
+    is_full_check: bool = False,
+) -> Pipeline:
+    """Open a bundle for rendering; use it in a `with` block.
+
+    Args:
+        bundle: the directory.
+        backend: "auto" or a name that `meancache-trt doctor` lists.
+        threads: cores that one graph may use; 0 means all.
+        is_full_check: hash the weights even where their size and times are unchanged.
+
+    Raises:
+        BundleError: where it is damaged or no bundle.
+        RuntimeUnavailableError: where the backend cannot run here.
+    """
+    opened = Bundle.open(bundle, is_full_check=is_full_check)
+    return Pipeline(opened, backend=backend, threads=threads)
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seed, int):
+        return [seed] * count
+    if len(seed) != count:
+        raise InputError(f"{count} prompts need {count} seeds or a single one, found {len(seed)}")
+    return list(seed)
+
+
+def _for_image(
+    on_evaluation: OnImage | None, index: int, count: int
+) -> Callable[[int, int], None] | None:
+    if on_evaluation is None:
+        return None
+    return lambda done, budget: on_evaluation(index, count, done, budget)

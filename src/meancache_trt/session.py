@@ -1,0 +1,195 @@
+"""A bundle made ready to render one schedule at one size and batch: buffers bound end to end.
+
+    noise, conditioning ── prepare ──▶ latent, position tables
+    latent ── loop: B x (transformer, update) ──▶ latent
+    latent ── vae_decoder ──▶ pictures
+
+Each graph reads what the one before wrote, where it wrote it; nothing passes through the host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meancache_trt.bundle import Bundle
+from meancache_trt.errors import RenderError, ScheduleError
+from meancache_trt.manifest import Component, Resolution, TensorRecord
+from meancache_trt.meancache.loop import DenoisingLoop, Network, OnEvaluation
+from meancache_trt.meancache.runtime import Call, Graph, Runtime, Tensor
+from meancache_trt.meancache.schedule import Schedule
+
+WrapGraph = Callable[[Graph], Graph]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a session made: final latents (B, S, C), pictures (B, H, W, 3) in [0, 1], loop time."""
+
+    latents: NDArray[np.float32]
+    pictures: NDArray[np.float32]
+    loop_ms: float
+
+
+class Graphs:
+    """The graphs of a bundle on one runtime, each loaded at its first use."""
+
+    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
+        self.bundle, self.runtime = bundle, runtime
+        self._loaded: dict[str, Graph] = {}
+
+    def graph(self, component: Component) -> Graph:
+        """The loaded graph of a component."""
+        if component.path not in self._loaded:
+            path = self.bundle.component_path(component)
+            self._loaded[component.path] = self.runtime.load(path)
+        return self._loaded[component.path]
+
+
+class Session:
+    """Render batches of one size with one schedule. Not thread-safe.
+
+    Args:
+        graphs: the bundle's graphs, on the runtime to use.
+        schedule: already fitted to the bundle's grid.
+        resolution: one of the bundle's.
+        batch: pictures at a time.
+        wrap_transformer: replaces the transformer graph, for measuring.
+    """
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        schedule: Schedule,
+        resolution: Resolution,
+        *,
+        batch: int = 1,
+        wrap_transformer: WrapGraph | None = None,
+    ) -> None:
+        export = graphs.bundle.export
+        self._graphs = graphs
+        self._sizes = {**resolution.symbols, "batch": batch}
+        self._prepare, self._decoder = (
+            export.components["prepare"],
+            export.components["vae_decoder"],
+        )
+        transformer = export.components["transformer"]
+        self._inputs = {
+            name: self._tensor(record)
+            for name, record in {**self._prepare.inputs, **transformer.inputs}.items()
+            if record.role not in ("latent", "timestep")
+        }
+        graph = graphs.graph(transformer)
+        self.loop = DenoisingLoop(
+            graphs.runtime,
+            Network(
+                graph if wrap_transformer is None else wrap_transformer(graph),
+                latent=transformer.input_named("latent"),
+                timestep=transformer.input_named("timestep"),
+                output=transformer.output_named("velocity"),
+                timestep_scale=export.timestep_scale,
+            ),
+            graphs.graph(self._update_for(schedule)),
+            schedule=schedule,
+            latent_shape=(batch, *resolution.latent_shape),
+            constants=self._constants(transformer),
+        )
+        self._image = self._tensor(self._decoder.outputs[self._decoder.output_named("image")])
+        self._calls = self._bind_prepare(), self._bind_decoder((batch, *resolution.decode_shape))
+
+    def run(
+        self,
+        noise: NDArray[np.float32],
+        conditioning: Mapping[str, NDArray[np.float32]],
+        guidance_scale: float | None,
+        on_evaluation: OnEvaluation | None = None,
+    ) -> Batch:
+        """Render a batch.
+
+        Args:
+            noise: unpacked, (batch, *resolution.noise_shape), float32.
+            conditioning: by transformer input name, batch first.
+            guidance_scale: None where the model takes none.
+            on_evaluation: see `DenoisingLoop.run`.
+
+        Raises:
+            RenderError: where a shape does not fit, or the result is not finite.
+        """
+        prepare, decode = self._calls
+        self._write(noise, conditioning, guidance_scale)
+        prepare.enqueue()
+        self._graphs.runtime.synchronize()
+        start = time.perf_counter()
+        self.loop.run(on_evaluation)
+        self._graphs.runtime.synchronize()
+        loop_ms = 1e3 * (time.perf_counter() - start)
+        latents = self.loop.result()
+        decode.enqueue()
+        pictures = np.ascontiguousarray(np.moveaxis(self._image.read(), 1, -1))
+        return Batch(latents, pictures, loop_ms)
+
+    def _write(
+        self,
+        noise: NDArray[np.float32],
+        conditioning: Mapping[str, NDArray[np.float32]],
+        guidance_scale: float | None,
+    ) -> None:
+        records = {
+            **self._prepare.inputs,
+            **self._graphs.bundle.export.components["transformer"].inputs,
+        }
+        for name, tensor in self._inputs.items():
+            match records[name].role:
+                case "noise":
+                    tensor.write(noise)
+                case "guidance_scale":
+                    tensor.write(np.full(tensor.shape, guidance_scale, tensor.dtype))
+                case "conditioning":
+                    tensor.write(_named(conditioning, name))
+
+    def _tensor(self, record: TensorRecord) -> Tensor:
+        shape = [self._sizes[d] if isinstance(d, str) else d for d in record.shape]
+        return self._graphs.runtime.zeros(shape, record.dtype)
+
+    def _constants(self, transformer: Component) -> dict[str, Tensor]:
+        return {name: self._inputs[name] for name in transformer.inputs if name in self._inputs}
+
+    def _update_for(self, schedule: Schedule) -> Component:
+        try:
+            return self._graphs.bundle.export.update_for(schedule.history)
+        except KeyError:
+            raise ScheduleError(
+                f"schedule {schedule.name!r} reads {schedule.history} velocities back, more than "
+                "any update graph of the bundle holds; use shorter spans or fewer nodes in a row"
+            ) from None
+
+    def _bind_prepare(self) -> Call:
+        inputs = {name: self._inputs[name] for name in self._prepare.inputs}
+        latent = self._prepare.output_named("latent")
+        outputs = {
+            name: self.loop.initial if name == latent else self._inputs[name]
+            for name in self._prepare.outputs
+        }
+        return self._graphs.graph(self._prepare).bind({**inputs, **outputs})
+
+    def _bind_decoder(self, shape: tuple[int, ...]) -> Call:
+        latent, image = (
+            self._decoder.input_named("latent_grid"),
+            self._decoder.output_named("image"),
+        )
+        tensors: dict[str, Tensor] = {latent: self.loop.final.view(shape), image: self._image}
+        return self._graphs.graph(self._decoder).bind(tensors)
+
+
+def _named(conditioning: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
+    if name not in conditioning:
+        raise RenderError(
+            f"the conditioning lacks {name!r}, found {sorted(conditioning)}; encode prompts with "
+            "this bundle"
+        )
+    return conditioning[name]
