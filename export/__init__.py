@@ -1,0 +1,20 @@
+"""Diffusers checkpoints to ONNX graphs that share the checkpoint's weights.
+
+Importing this imports neither torch nor diffusers nor onnx.
+"""
+
+from meancache_trt.export.checkpoint import resolve_checkpoint
+from meancache_trt.export.family import Family
+from meancache_trt.export.pipeline import PIPELINE_FOLDER, export_components
+from meancache_trt.export.registry import FAMILIES, detect
+from meancache_trt.export.text import PromptEncoder
+
+__all__ = [
+    "FAMILIES",
+    "PIPELINE_FOLDER",
+    "Family",
+    "PromptEncoder",
+    "detect",
+    "export_components",
+    "resolve_checkpoint",
+]

@@ -1,0 +1,169 @@
+"""FLUX.1 (dev and schnell): guidance is embedded where the transformer's configuration says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from meancache_trt.errors import ExportError
+from meancache_trt.export.family import Configs, Family, Signature, Signatures, Size, Wrapper
+from meancache_trt.manifest import Guidance, Role, TensorRecord
+
+PACK = 2
+"""FluxPipeline packs 2 x 2 latent positions into one token."""
+
+AXIS_POSITIONS = 512
+"""Rows and columns of tokens that the prepare graph's RoPE tables cover: 8192 pixels in FLUX.1."""
+
+PIPELINE_MAX_TEXT_TOKENS = 512
+"""FluxPipeline.check_inputs refuses a longer max_sequence_length."""
+
+
+_ROPE_AXES = (16, 56, 56)  # FluxTransformer2DModel's default; FLUX.1-dev's config.json omits it
+
+
+def rope_axes(configs: Configs) -> tuple[int, ...]:
+    """Width of each RoPE axis (index, row, column) within an attention head."""
+    return tuple(configs["transformer"].get("axes_dims_rope", _ROPE_AXES))
+
+
+def _setting(configs: Configs, component: str, key: str) -> Any:
+    if key not in configs[component]:
+        raise ExportError(f"{component}/config.json lacks {key!r}; download the checkpoint again")
+    return configs[component][key]
+
+
+def _vae_factor(configs: Configs) -> int:
+    # FluxPipeline.__init__: one halving for each block after the first.
+    return int(2 ** (len(_setting(configs, "vae", "block_out_channels")) - 1))
+
+
+def _multiple(configs: Configs) -> int:
+    return PACK * _vae_factor(configs)
+
+
+def _longest_side(configs: Configs) -> int:
+    return AXIS_POSITIONS * _multiple(configs)
+
+
+def _default_side(configs: Configs) -> int:
+    # FLUX.1's own VAE configuration says 1024, which is also FluxPipeline's default.
+    return int(configs["vae"]["sample_size"])
+
+
+def _symbols(configs: Configs, size: Size) -> dict[str, int]:
+    rows, columns = (pixels // _multiple(configs) for pixels in (size.height, size.width))
+    return {
+        "height": size.height,
+        "width": size.width,
+        "latent_height": PACK * rows,
+        "latent_width": PACK * columns,
+        "latent_rows": rows,
+        "latent_columns": columns,
+        "image_tokens": rows * columns,
+        "text_tokens": size.text_tokens,
+    }
+
+
+def _guidance(configs: Configs) -> Guidance:
+    if configs["transformer"].get("guidance_embeds", False):
+        return Guidance(rule="embedded", default_scale=3.5)  # FluxPipeline.__call__
+    return Guidance(rule="none", default_scale=None)
+
+
+def _default_text_tokens(configs: Configs) -> int:
+    # transformers writes 1e30 where a tokenizer has no limit.
+    limit = configs["tokenizer_2"].get("model_max_length", PIPELINE_MAX_TEXT_TOKENS)
+    return int(min(limit, PIPELINE_MAX_TEXT_TOKENS))
+
+
+def _float32(role: Role, *shape: int | str) -> TensorRecord:
+    return TensorRecord(dtype="float32", shape=shape, role=role)
+
+
+def _latent_channels(configs: Configs) -> int:
+    """Channels of the unpacked latent; `ExportError` where VAE and transformer disagree."""
+    channels = _setting(configs, "vae", "latent_channels")
+    packed = _setting(configs, "transformer", "in_channels")
+    if packed != channels * PACK * PACK:
+        raise ExportError(
+            f"the VAE has {channels} latent channels, so the transformer's in_channels should be "
+            f"{channels * PACK * PACK}, but its config.json says {packed}; this is not a FLUX.1 "
+            "text-to-image checkpoint"
+        )
+    return int(channels)
+
+
+def _rope(configs: Configs) -> dict[str, TensorRecord]:
+    width = 2 * sum(rope_axes(configs))
+    return {
+        "image_rope": _float32("prepared", "image_tokens", width),
+        "text_rope": _float32("prepared", "text_tokens", width),
+    }
+
+
+def _text(configs: Configs) -> TensorRecord:
+    features = _setting(configs, "transformer", "joint_attention_dim")
+    return _float32("conditioning", "batch", "text_tokens", features)
+
+
+def _transformer(configs: Configs) -> Signature:
+    packed = _latent_channels(configs) * PACK * PACK
+    pooled = _setting(configs, "transformer", "pooled_projection_dim")
+    inputs = {
+        "hidden_states": _float32("latent", "batch", "image_tokens", packed),
+        "encoder_hidden_states": _text(configs),
+        "pooled_projections": _float32("conditioning", "batch", pooled),
+        "timestep": _float32("timestep", "batch"),
+    }
+    if _guidance(configs).rule == "embedded":
+        inputs["guidance"] = _float32("guidance_scale", "batch")
+    velocity = _float32("velocity", "batch", "image_tokens", packed)
+    return Signature({**inputs, **_rope(configs)}, {"velocity": velocity})
+
+
+def _prepare(configs: Configs) -> Signature:
+    channels = _latent_channels(configs)
+    noise = _float32("noise", "batch", channels, "latent_height", "latent_width")
+    latent = _float32("latent", "batch", "image_tokens", channels * PACK * PACK)
+    return Signature(
+        {"noise": noise, "encoder_hidden_states": _text(configs)},
+        {"latent": latent, **_rope(configs)},
+    )
+
+
+def _vae_decoder(configs: Configs) -> Signature:
+    packed = _latent_channels(configs) * PACK * PACK
+    latent = _float32("latent_grid", "batch", "latent_rows", "latent_columns", packed)
+    image = _float32("image", "batch", 3, "height", "width")
+    return Signature({"latent": latent}, {"image": image})
+
+
+def _signatures(configs: Configs) -> Signatures:
+    return Signatures(_transformer(configs), _prepare(configs), _vae_decoder(configs))
+
+
+def _wrapper() -> Wrapper:
+    from meancache_trt.export import flux_torch  # noqa: PLC0415  torch must stay out of the spec
+
+    return flux_torch
+
+
+FLUX = Family(
+    name="flux",
+    pipelines=("FluxPipeline",),
+    transformer_class="FluxTransformer2DModel",
+    vae_class="AutoencoderKL",
+    text_components=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+    grid="linspace",
+    timestep_scale=1 / 1000,
+    guidance_argument="guidance_scale",
+    text_tokens_argument="max_sequence_length",
+    guidance=_guidance,
+    default_text_tokens=_default_text_tokens,
+    multiple=_multiple,
+    longest_side=_longest_side,
+    default_side=_default_side,
+    symbols=_symbols,
+    signatures=_signatures,
+    wrapper=_wrapper,
+)

@@ -1,0 +1,112 @@
+"""The graph files of a bundle: traced, pointed at the weights, written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+from torch import nn
+
+from meancache_trt.export.checkpoint import check_tensors
+from meancache_trt.export.family import Signature, Size
+from meancache_trt.export.job import Job
+from meancache_trt.export.trace import build_network, trace
+from meancache_trt.export.update import HISTORIES, update_graph, update_signature
+from meancache_trt.export.weights import (
+    count_bytes,
+    optimize,
+    place_weights,
+    reference_weights,
+)
+from meancache_trt.manifest import Component, TensorRecord, WeightFile
+
+# Rows, columns and text tokens that graphs are traced at. All symbols differ, and the batch is not
+# 1, which torch.export takes for fixed. None of it stays in the graph, which `trace` checks.
+_TRACE_ROWS, _TRACE_COLUMNS, _TRACE_TEXT_TOKENS, _TRACE_BATCH = 4, 6, 10, 2
+
+
+def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
+    """Write every graph of a job, with the weights beside it; name and record of each.
+
+    Weights are checked against config.json before anything is written.
+    """
+    network = _network(job, "transformer", job.family.transformer_class)
+    vae = _network(job, "vae", job.family.vae_class)
+    job.root.mkdir(parents=True, exist_ok=True)
+    wrapper, signatures = job.family.wrapper(), job.family.signatures(job.configs)
+    job.report("prepare graph")
+    preparation = wrapper.prepare_graph(network, job.configs)
+    yield "prepare", _unweighted(job, "prepare.onnx", preparation, signatures.prepare)
+    job.report("transformer graph")
+    with wrapper.transformer_graph(network) as module:
+        yield "transformer", _weighted(job, "transformer", module, signatures.transformer)
+    job.report("update graphs")
+    yield from _updates(job, signatures.prepare.outputs)
+    job.report("VAE decoder graph")
+    decoder = wrapper.decoder_graph(vae)
+    yield "vae_decoder", _weighted(job, "vae", decoder, signatures.vae_decoder, "vae_decoder")
+
+
+def _network(job: Job, part: str, class_name: str) -> nn.Module:
+    network = build_network(class_name, job.configs[part], job.precision.dtype)
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    check_tensors(part, job.source.tensors(part), expected)
+    return network
+
+
+def _trace(job: Job, module: nn.Module, signature: Signature) -> ir.Model:
+    unit = job.family.multiple(job.configs)
+    size = Size(_TRACE_ROWS * unit, _TRACE_COLUMNS * unit, _TRACE_TEXT_TOKENS)
+    symbols = {**job.family.symbols(job.configs, size), "batch": _TRACE_BATCH}
+    return trace(module, signature, symbols, opset=job.precision.opset)
+
+
+def _unweighted(job: Job, path: str, module: nn.Module, signature: Signature) -> Component:
+    model = _trace(job, module, signature)
+    optimize(model)
+    return _written(job, path, model, signature)
+
+
+def _weighted(
+    job: Job, part: str, module: nn.Module, signature: Signature, folder: str | None = None
+) -> Component:
+    """A graph that lies beside the weights it points into, in a folder named as `part` or so."""
+    folder = folder or part
+    model = _trace(job, module, signature)
+    reference_weights(model, job.source.tensors(part))
+    optimize(model)
+    files = place_weights(job.source.weight_files(part), job.root, folder, job.placement)
+    return _written(job, f"{folder}/model.onnx", model, signature, files)
+
+
+def _updates(job: Job, prepared: Mapping[str, TensorRecord]) -> Iterator[tuple[str, Component]]:
+    rule = job.family.guidance(job.configs).rule
+    latent = next(record for record in prepared.values() if record.role == "latent")
+    for history in HISTORIES:
+        signature = update_signature(rule, latent, history)
+        model = ir.from_proto(update_graph(rule, signature, opset=job.precision.opset))
+        name = f"update/h{history}"
+        yield name, _written(job, f"{name}.onnx", model, signature)
+
+
+def _written(
+    job: Job,
+    path: str,
+    model: ir.Model,
+    signature: Signature,
+    files: tuple[WeightFile, ...] = (),
+) -> Component:
+    target = job.root / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    total, shared = count_bytes(model)
+    return Component(
+        path=path,
+        inputs=signature.inputs,
+        outputs=signature.outputs,
+        precision=job.precision.name,
+        opset=job.precision.opset,
+        weights=files,
+        weight_bytes=total,
+        shared_bytes=shared,
+    )

@@ -1,0 +1,41 @@
+"""One export: what is read, what is asked for, and where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.export.family import Configs, Family, Size
+
+WeightPlacement = Literal["link", "copy"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A graph's precision: its name in manifests, the network's dtype, and the opset it takes."""
+
+    name: str
+    dtype: str
+    opset: int
+
+
+F32 = Precision("f32", "float32", opset=20)
+"""What ONNX Runtime, OpenVINO and TensorRT all take; TensorRT refuses opset 23's float32 Attention.
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An export whose size has been checked; `report` gets a line at each stage."""
+
+    source: Checkpoint
+    family: Family
+    configs: Configs
+    size: Size
+    root: Path
+    placement: WeightPlacement
+    report: Callable[[str], None]
+    precision: Precision = F32

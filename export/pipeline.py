@@ -1,0 +1,158 @@
+"""A diffusers checkpoint to the graphs, weights and prompt encoders of a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from meancache_trt.errors import ExportError
+from meancache_trt.export.checkpoint import Checkpoint, identity, resolve_checkpoint
+from meancache_trt.export.family import Configs, Family, Size, check_size, resolution
+from meancache_trt.export.job import Job, WeightPlacement
+from meancache_trt.export.registry import detect
+from meancache_trt.manifest import Component, Exported, Model, ParityRecord, WeightFile
+from meancache_trt.meancache.hashing import verified_sha256
+
+PIPELINE_FOLDER = "pipeline"
+"""Where a bundle keeps what prompts are encoded with, in diffusers layout."""
+
+_SMALL_FILES = ("*.json", "*.txt", "*.model")  # configurations and vocabularies
+
+
+def export_components(
+    checkpoint: Path,
+    directory: Path,
+    *,
+    height: int,
+    width: int,
+    text_tokens: int | None = None,
+    weights: WeightPlacement = "link",
+    check_parity: bool = True,
+    report: Callable[[str], None] = lambda _: None,
+) -> Exported:
+    """Write a checkpoint's graphs, weights and prompt encoders into `directory`.
+
+    `checkpoint` is a diffusers folder or a hub id; `text_tokens` is by default what the family's
+    pipeline takes. `weights` "link" hard-links the checkpoint's files where the file system can
+    and copies them elsewhere; "copy" always copies. The export itself does not load the weights;
+    the parity check does, in float32. `report` gets a line at each stage.
+
+    Raises `InputError` for a size that the family cannot take, and `ExportError` for a checkpoint
+    that is incomplete, damaged or unsupported, a graph that fails its checks, or a directory that
+    cannot be written. What was written before an error stays in `directory`.
+    """
+    job = _job(checkpoint, directory, (height, width, text_tokens), weights, report)
+    try:
+        components = _write_graphs(job)
+        encoders = _write_pipeline(job)
+    except OSError as error:
+        raise ExportError(f"the export to {directory} cannot be written: {error}") from error
+    parity = _check_parity(job, components) if check_parity else ()
+    return _exported(job, components, encoders, parity)
+
+
+def _job(
+    checkpoint: Path,
+    directory: Path,
+    size: tuple[int, int, int | None],
+    placement: WeightPlacement,
+    report: Callable[[str], None],
+) -> Job:
+    source = Checkpoint(resolve_checkpoint(str(checkpoint)))
+    family = detect(source.path)
+    configs = source.configs(("transformer", "vae", "scheduler", *family.text_components))
+    _check_classes(family, configs)
+    height, width, tokens = size
+    chosen = Size(height, width, family.default_text_tokens(configs) if tokens is None else tokens)
+    check_size(family, configs, chosen)
+    return Job(source, family, configs, chosen, directory, placement, report)
+
+
+def _check_classes(family: Family, configs: Configs) -> None:
+    for part, expected in (("transformer", family.transformer_class), ("vae", family.vae_class)):
+        found = configs[part].get("_class_name")
+        if found != expected:
+            raise ExportError(
+                f"{part}/config.json is of a {found}; expected {expected}, as the {family.name} "
+                "family has; use an unmodified checkpoint"
+            )
+
+
+def _write_graphs(job: Job) -> dict[str, Component]:
+    from meancache_trt.export.graphs import write_graphs  # noqa: PLC0415  imports torch
+
+    for component in job.family.text_components:
+        job.source.tensors(component)  # damage is found before the long work
+    return dict(write_graphs(job))
+
+
+def _write_pipeline(job: Job) -> tuple[WeightFile, ...]:
+    """Configurations of every part, and whole prompt encoders."""
+    from meancache_trt.export.weights import place_weights  # noqa: PLC0415  imports torch
+
+    job.report("prompt encoders")
+    source, target = job.source, job.root / PIPELINE_FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source.path / "model_index.json", target / "model_index.json")
+    for part in ("scheduler", "transformer", "vae", *job.family.text_components):
+        _copy_small_files(source.path / part, target / part)
+    weights: list[WeightFile] = []
+    for part in job.family.text_components:
+        folder = f"{PIPELINE_FOLDER}/{part}"
+        weights += place_weights(source.weight_files(part), job.root, folder, job.placement)
+    return tuple(weights)
+
+
+def _copy_small_files(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for pattern in _SMALL_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def _check_parity(job: Job, components: Mapping[str, Component]) -> tuple[ParityRecord, ...]:
+    from meancache_trt.export.parity import check_parity  # noqa: PLC0415  imports torch
+
+    job.report("parity with diffusers")
+    return check_parity(job, {name: job.root / part.path for name, part in components.items()})
+
+
+def _exported(
+    job: Job,
+    components: dict[str, Component],
+    encoders: tuple[WeightFile, ...],
+    parity: tuple[ParityRecord, ...],
+) -> Exported:
+    family, configs = job.family, job.configs
+    return Exported(
+        family=family.name,
+        model=identify(job.source),
+        components=components,
+        encoder_weights=encoders,
+        resolution=resolution(family, configs, job.size),
+        guidance=family.guidance(configs),
+        grid=family.grid,
+        timestep_scale=family.timestep_scale,
+        num_train_timesteps=int(configs["scheduler"].get("num_train_timesteps", 1000)),
+        text_tokens=job.size.text_tokens,
+        scheduler=dict(configs["scheduler"]),
+        parity=parity,
+    )
+
+
+def identify(checkpoint: Checkpoint) -> Model:
+    """Identity of what a schedule is calibrated on: the transformer and its configuration.
+
+    Hashes the weights, unless they are known unchanged since they were last hashed. Raises
+    `ExportError` where a file is missing.
+    """
+    try:
+        digest = hashlib.sha256((checkpoint.path / "transformer" / "config.json").read_bytes())
+        for file in checkpoint.weight_files("transformer"):
+            digest.update(bytes.fromhex(verified_sha256(file)))
+    except OSError as error:
+        raise ExportError(f"{checkpoint.path} is incomplete: {error}; download it again") from error
+    name, revision = identity(checkpoint.path)
+    return Model(name=name, revision=revision, digest=digest.hexdigest())

@@ -1,0 +1,34 @@
+"""The families that can be exported, and which of them a checkpoint is."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from meancache_trt.errors import ExportError
+from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.export.flux import FLUX
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from meancache_trt.export.family import Family
+
+FAMILIES = MappingProxyType({family.name: family for family in (FLUX,)})
+"""Family name -> family."""
+
+
+def detect(checkpoint: Path) -> Family:
+    """The family of a diffusers folder, by the pipeline class in its model_index.json.
+
+    Raises `ExportError` where the folder is not a diffusers pipeline or its class is unknown.
+    """
+    pipeline = Checkpoint(checkpoint).pipeline_class
+    for family in FAMILIES.values():
+        if pipeline in family.pipelines:
+            return family
+    supported = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
+    raise ExportError(
+        f"{checkpoint} is a {pipeline}; supported pipelines are: {supported}. "
+        "CONTRIBUTING.md explains how to add a family."
+    )

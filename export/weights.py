@@ -1,0 +1,148 @@
+"""Initialisers that point into the checkpoint's own safetensors files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxscript.optimizer
+from torch._subclasses.fake_tensor import FakeTensor
+
+from meancache_trt.errors import ExportError
+from meancache_trt.export.dtypes import onnx_dtype
+from meancache_trt.export.job import WeightPlacement
+from meancache_trt.export.safetensors_file import StoredTensor
+from meancache_trt.manifest import WeightFile
+from meancache_trt.meancache.hashing import sha256_of, verified_sha256
+
+_PREFIX = "network."  # a wrapper's modules hold diffusers' own model under this name
+
+# What a link(2) may fail with where a copy works: other file system, no links there, or too many.
+_NOT_LINKABLE = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+
+
+def reference_weights(model: ir.Model, stored: Mapping[str, StoredTensor]) -> None:
+    """Name the initialisers as the checkpoint does and point them at its files' bytes.
+
+    A stored dtype other than the graph's gets a Cast node. Constants that the module computed for
+    itself keep their values inside the graph.
+    """
+    for name, value in list(model.graph.initializers.items()):
+        tensor = stored.get(name.removeprefix(_PREFIX))
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+        elif tensor is not None:
+            _point(model.graph, value, name.removeprefix(_PREFIX), tensor)
+        elif isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            raise ExportError(f"{name} has no value: the checkpoint does not store it")
+
+
+def _point(graph: ir.Graph, value: ir.Value, name: str, tensor: StoredTensor) -> None:
+    wanted = value.dtype
+    del graph.initializers[value.name or ""]
+    external = _external(name, tensor)
+    replacement = ir.Value(
+        name=name,
+        shape=external.shape,
+        type=ir.TensorType(external.dtype),
+        const_value=external,
+    )
+    graph.register_initializer(replacement)
+    if external.dtype == wanted:
+        value.replace_all_uses_with(replacement)
+        return
+    cast = ir.node("Cast", [replacement], {"to": wanted})
+    cast.outputs[0].shape, cast.outputs[0].type = external.shape, value.type
+    graph.insert_before(graph[0], cast)
+    value.replace_all_uses_with(cast.outputs[0])
+
+
+def _external(name: str, tensor: StoredTensor) -> ir.ExternalTensor:
+    dtype = onnx_dtype(tensor.dtype)
+    return ir.ExternalTensor(
+        location=tensor.file.name,
+        offset=tensor.offset,
+        length=tensor.length,
+        dtype=dtype,
+        shape=ir.Shape(tensor.shape),
+        name=name,
+        base_dir=tensor.file.parent,
+    )
+
+
+def optimize(model: ir.Model) -> None:
+    """Simplify the graph without reading or moving a weight.
+
+    The optimiser would fold transposes of weights, copying them into the graph, read small ones
+    to infer shapes, and merge equal ones. So the weights are inputs while it works, about which it
+    can know nothing.
+    """
+    graph = model.graph
+    weights = {
+        value: value.const_value
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    for value in weights:
+        del graph.initializers[value.name or ""]
+        value.const_value = None
+    graph.inputs.extend(weights)
+    onnxscript.optimizer.optimize_ir(model)
+    for value, tensor in weights.items():
+        graph.inputs.remove(value)
+        value.const_value = tensor
+        graph.register_initializer(value)
+
+
+def count_bytes(model: ir.Model) -> tuple[int, int]:
+    """Bytes of all initialisers, and of those that lie in the checkpoint's files."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    shared = sum(t.nbytes for t in tensors if isinstance(t, ir.ExternalTensor))
+    return sum(t.nbytes for t in tensors if t is not None), shared
+
+
+def place(source: Path, target: Path, placement: WeightPlacement) -> bool:
+    """Put a weight file at `target`; true where it is a hard link to `source`.
+
+    "link" copies where the file system cannot link. Links are made to the real file, since
+    a hub snapshot's entries are symbolic links, which runtimes refuse.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    if placement == "link" and _link(source.resolve(), target):
+        return True
+    shutil.copyfile(source, target)
+    return False
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in _NOT_LINKABLE:
+            return False
+        raise
+    return True
+
+
+def place_weights(
+    sources: list[Path], root: Path, folder: str, placement: WeightPlacement
+) -> tuple[WeightFile, ...]:
+    """Put weight files under root/folder by their own names, and hash them."""
+    files = []
+    for source in sources:
+        target = root / folder / source.name
+        is_linked = place(source, target, placement)
+        files.append(
+            WeightFile(
+                path=target.relative_to(root).as_posix(),
+                size_bytes=target.stat().st_size,
+                sha256=verified_sha256(source) if is_linked else sha256_of(target),
+                is_linked=is_linked,
+            )
+        )
+    return tuple(files)

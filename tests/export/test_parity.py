@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import FluxTransformer2DModel
+
+from meancache_trt.errors import ExportError, RuntimeUnavailableError
+from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.export.family import Size
+from meancache_trt.export.flux import FLUX
+from meancache_trt.export.job import Job
+from meancache_trt.export.parity import check_parity, parity_cases
+from meancache_trt.manifest import Exported
+from tests.export.tiny_flux import randomize
+
+COMPONENTS = ("transformer", "vae", "scheduler", "tokenizer_2")
+
+
+def job(folder: Path, root: Path) -> Job:
+    source = Checkpoint(folder)
+    return Job(
+        source, FLUX, source.configs(COMPONENTS), Size(32, 48, 12), root, "link", lambda _: None
+    )
+
+
+def test_no_case_has_the_exported_size(flux_folder: Path, tmp_path: Path) -> None:
+    configs = job(flux_folder, tmp_path).configs
+    for height, width in ((16, 40), (72, 32), (24, 24), (32, 48)):
+        cases = parity_cases(FLUX, configs, Size(height, width, 12))
+        sizes = [(case.symbols["height"], case.symbols["width"]) for case in cases]
+        assert len(set(sizes)) == 3
+        assert (height, width) not in sizes
+
+
+def test_graph_of_other_weights_fails(
+    flux_folder: Path, export_folder: Path, exported: Exported, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(flux_folder, other)
+    network = FluxTransformer2DModel.from_pretrained(other / "transformer")
+    randomize(network, seed=9)
+    network.save_pretrained(other / "transformer")
+    graphs = {name: export_folder / part.path for name, part in exported.components.items()}
+    with pytest.raises(ExportError, match=r"transformer differs from diffusers' by .* at most"):
+        check_parity(job(other, export_folder), graphs)
+
+
+def test_missing_runtime_is_told_with_the_remedy(
+    flux_folder: Path,
+    export_folder: Path,
+    exported: Exported,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    graphs = {name: export_folder / part.path for name, part in exported.components.items()}
+    with pytest.raises(RuntimeUnavailableError, match=r"install meancache-trt\[cpu\]"):
+        check_parity(job(flux_folder, export_folder), graphs)
+
+
+def test_recorded_errors_are_finite_and_within_tolerance(exported: Exported) -> None:
+    assert [record.component for record in exported.parity] == [
+        "prepare",
+        "transformer",
+        "vae_decoder",
+    ]
+    for record in exported.parity:
+        assert np.isfinite(record.max_abs_error)
+        assert record.max_abs_error <= record.tolerance <= 1e-4
+        assert len(record.sizes) == 3
+        assert record.runtime.startswith("onnxruntime ")
