@@ -110,9 +110,10 @@ class Bundle:
 
     def add_schedule(self, schedule: Schedule) -> Path:
         """Add a schedule under its name, replacing one of that name; returns its path."""
-        if Path(schedule.name).name != schedule.name or schedule.name.startswith("."):
-            raise ScheduleError(f"a schedule's name is a plain file name, found {schedule.name!r}")
-        return self.add_file(f"schedules/{schedule.name}.json", encode_json(schedule))
+        name = schedule.name
+        if not name or Path(name).name != name or name.startswith("."):
+            raise ScheduleError(f"a schedule's name is a plain file name, found {name!r}")
+        return self.add_file(f"schedules/{name}.json", encode_json(schedule))
 
     def add_file(self, path: str, content: bytes) -> Path:
         """Write a file atomically and record it in the manifest, under the bundle's lock."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -18,7 +17,8 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.metrics import compare as psnr_summary
 from meancache_trt.meancache.files import atomic_write, write_json
 from meancache_trt.meancache.noise import philox_normal
-from meancache_trt.meancache.runtime import Call, Graph, Tensor
+from meancache_trt.meancache.probe import Probe
+from meancache_trt.meancache.runtime import Graph
 from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.render import Conditioning, Pipeline, Rendering
 from meancache_trt.session import Session
@@ -46,30 +46,6 @@ class Row(msgspec.Struct, frozen=True):
     speedup: float
     psnr_mean: float | None
     psnr_min: float | None
-
-
-@dataclass
-class _CountedGraph:
-    """A graph that counts how often its calls run."""
-
-    graph: Graph
-    calls: int = 0
-
-    def __post_init__(self) -> None:
-        self.inputs, self.outputs = self.graph.inputs, self.graph.outputs
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> Call:
-        return _CountedCall(self, self.graph.bind(tensors))
-
-
-@dataclass(frozen=True)
-class _CountedCall:
-    counter: _CountedGraph
-    call: Call
-
-    def enqueue(self) -> None:
-        self.counter.calls += 1
-        self.call.enqueue()
 
 
 def run_demo(
@@ -158,17 +134,17 @@ def _fidelity(
 
 def _count_calls(pipeline: Pipeline, conditioning: Conditioning, schedule: Schedule) -> int:
     """Render once through a counting transformer; also warms the graphs up."""
-    counters: list[_CountedGraph] = []
+    probes: list[Probe] = []
 
-    def count(graph: Graph) -> Graph:
-        counters.append(_CountedGraph(graph))
-        return counters[-1]
+    def probe(graph: Graph) -> Graph:
+        probes.append(Probe(graph))
+        return probes[-1]
 
     size = pipeline.resolution()
-    session = Session(pipeline.graphs, schedule, size, wrap_transformer=count)
+    session = Session(pipeline.graphs, schedule, size, wrap_transformer=probe)
     noise = philox_normal(SEED, size.noise_shape)[None]
     session.run(noise, conditioning.select(0).tensors, pipeline.guidance(None))
-    return counters[0].calls
+    return len(probes[0].calls_ms)
 
 
 def contact_sheet(renderings: Mapping[int, Sequence[Rendering]], scale: int = 2) -> Image.Image:

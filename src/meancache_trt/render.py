@@ -118,7 +118,7 @@ class Pipeline:
         self.bundle = bundle
         self.runtime = open_runtime(backend, threads=threads)
         self.graphs = Graphs(bundle, self.runtime)
-        self._sessions: dict[tuple[Schedule, Resolution], Session] = {}
+        self._sessions: dict[tuple[Schedule, tuple[int, ...]], Session] = {}
         self._encoder: PromptEncoder | None = None
 
     def __enter__(self) -> Self:
@@ -193,9 +193,10 @@ class Pipeline:
 
     def session(self, schedule: Schedule, resolution: Resolution | None = None) -> Session:
         """The session of a schedule and size; made once, then kept."""
-        key = (schedule, resolution or self.resolution())
+        size = resolution or self.resolution()
+        key = (schedule, size.noise_shape)
         if key not in self._sessions:
-            self._sessions[key] = Session(self.graphs, *key)
+            self._sessions[key] = Session(self.graphs, schedule, size)
         return self._sessions[key]
 
     def guidance(self, guidance_scale: float | None) -> float | None:
@@ -239,18 +240,19 @@ class Pipeline:
                 diffusers' own noise for `torch.Generator("cpu").manual_seed(seed)`.
             on_evaluation: called after each evaluation; an exception in it cancels.
         """
-        conditioning = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
-        seeds = _seeds(seed, len(conditioning.prompts))
+        seeds = _seeds(seed, _count(prompts))
         if noise not in _NOISE:
             raise InputError(f"noise is one of {', '.join(_NOISE)}, found {noise!r}")
         scale = self.guidance(guidance_scale)
         size = self.resolution(height, width)
         chosen = self.schedule(schedule, scale)
+        starts = [_NOISE[noise](start, size.noise_shape) for start in seeds]
+        conditioning = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
         session = self.session(chosen, size)
         renderings = []
-        for index, (prompt, start) in enumerate(zip(conditioning.prompts, seeds, strict=True)):
+        for index, prompt in enumerate(conditioning.prompts):
             batch = session.run(
-                _NOISE[noise](start, size.noise_shape)[None],
+                starts[index][None],
                 conditioning.select(index).tensors,
                 scale,
                 _for_image(on_evaluation, index, len(seeds)),
@@ -258,7 +260,7 @@ class Pipeline:
             renderings.append(
                 Rendering(
                     prompt=prompt,
-                    seed=start,
+                    seed=seeds[index],
                     schedule=chosen.name,
                     guidance_scale=scale,
                     bundle_id=self.bundle.manifest.bundle_id,
@@ -312,6 +314,10 @@ def load(
     """
     opened = Bundle.open(bundle, is_full_check=is_full_check)
     return Pipeline(opened, backend=backend, threads=threads)
+
+
+def _count(prompts: Sequence[str] | Conditioning) -> int:
+    return len(prompts.prompts if isinstance(prompts, Conditioning) else prompts)
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

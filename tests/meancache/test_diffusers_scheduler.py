@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -240,6 +241,20 @@ def started() -> MeanCacheScheduler:
     )
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / STEPS, STEPS))
     return scheduler
+
+
+def live_tensors(shape: tuple[int, ...]) -> int:
+    gc.collect()
+    return sum(type(found) is torch.Tensor and found.shape == shape for found in gc.get_objects())
+
+
+def test_velocities_are_kept_as_long_as_they_are_read() -> None:
+    scheduler, shape = started(), (3, 17)
+    latent = torch.zeros(shape)
+    for timestep in scheduler.timesteps:
+        latent = scheduler.step(torch.ones(shape), timestep, latent).prev_sample
+        assert live_tensors(shape) <= scheduler.schedule.history + 1
+    assert live_tensors(shape) == 1
 
 
 def test_stepping_past_the_last_node_is_an_error() -> None:

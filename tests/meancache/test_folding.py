@@ -38,7 +38,7 @@ def test_an_estimate_sees_every_step_before_its_own() -> None:
 
 def test_an_estimate_becomes_weights_on_the_velocities_that_it_mixes() -> None:
     def mean_of_last_two_nodes(_trace: Trace, _step: int, node: int) -> Coefficients:
-        return (np.eye(3)[node] + np.eye(3)[max(node - 1, 0)]) / 2
+        return np.asarray((np.eye(3)[node] + np.eye(3)[max(node - 1, 0)]) / 2)
 
     rows = fold_steps(np.array([1.0, 0.75, 0.5, 0.25, 0.0]), (0, 1, 3), mean_of_last_two_nodes)
     # Powers of two, so exact: node 1 takes its own step, and half of the estimated one.

@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.numpy_runtime import NumpyRuntime, network_graph, update_graph
 
 from meancache_trt.errors import RenderError, ScheduleError
 from meancache_trt.meancache.loop import DenoisingLoop, Network
 from meancache_trt.meancache.schedule import Schedule, bake
 from meancache_trt.meancache.sigmas import make_grid
-from tests.numpy_runtime import NumpyRuntime, network_graph, update_graph
 
 GRID = make_grid(20, shift=3.0)
 SHAPE = (2, 3, 4)

@@ -88,7 +88,8 @@ def unfolded_euler(problem: Problem, field: Field, start: Array = START) -> Arra
 
 def unfolded_official(problem: Problem, field: Field, start: Array = START) -> Array:
     """The authors' scripts: v̂_i = v_{i−1} − h·JVP, JVP = (v_{i0} − mean velocity) / W."""
-    sigmas, latents, velocities = problem.sigmas, [start], []
+    sigmas, latents = problem.sigmas, [start]
+    velocities: list[Array] = []
     span = 1
     for i in range(problem.steps):
         if i in problem.nodes:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import msgspec
 import numpy as np
 import pytest
@@ -108,7 +108,7 @@ def test_table_is_float32_and_padded_to_the_history_asked_for() -> None:
     assert table.dtype == np.float32
     assert table.shape == (5, 8)
     for row, weights in zip(table, schedule.weights, strict=True):
-        np.testing.assert_array_equal(row[: len(weights)], np.float32(weights))
+        np.testing.assert_array_equal(row[: len(weights)], np.array(weights, np.float32))
         assert not row[len(weights) :].any()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.sigmas import (
@@ -41,7 +41,7 @@ def assert_equals_diffusers(
     grid: SigmaGrid,
     config: dict[str, Any],
     *,
-    sigmas: Sequence[float] | None = None,
+    sigmas: NDArray[np.float64] | list[float] | None = None,
     mu: float | None = None,
     sigma_min: float | None = None,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,8 +44,19 @@ for command in (demo, build, render, inspect, doctor, export, calibrate, bake, p
     cli.add_command(command)
 
 
+_QUIET = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Our progress is the only one on the screen, unless the user says otherwise."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         cli.main(arguments, prog_name="meancache-trt", standalone_mode=False)
     except MeanCacheError as error:

@@ -11,7 +11,7 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.baking import bake_schedules
 from meancache_trt.cli import options
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
-from meancache_trt.cli.output import note, print_json, print_table, progress
+from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.meancache.schedule import save_schedule
 
@@ -96,6 +96,7 @@ def build(
     """
     from meancache_trt import build as stages  # noqa: PLC0415  (torch, through the exporter)
 
+    hush_libraries()
     checkpoint = stages.find_model(model)
     height, width = stages.picture_size(checkpoint, height, width)
     bundle = stages.export(
@@ -151,6 +152,7 @@ def export(
     """Export a checkpoint's graphs into a new bundle and compare them with diffusers."""
     from meancache_trt import build as stages  # noqa: PLC0415
 
+    hush_libraries()
     checkpoint = stages.find_model(model)
     height, width = stages.picture_size(checkpoint, height, width)
     exporting = stages.ExportOptions(
@@ -196,6 +198,7 @@ def calibrate(
     """
     from meancache_trt import build as stages  # noqa: PLC0415
 
+    hush_libraries()
     checkpoint = stages.find_model(model)
     height, width = stages.picture_size(checkpoint, height, width)
     recording = stages.RecordOptions(

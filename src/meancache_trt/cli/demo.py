@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 from meancache_trt.cli import options
-from meancache_trt.cli.output import decibels, note, print_json, print_table, progress
+from meancache_trt.cli.output import (
+    decibels,
+    hush_libraries,
+    note,
+    print_json,
+    print_table,
+    progress,
+)
 
 
 @click.command()
@@ -29,6 +36,7 @@ def demo(output: Path, threads: int, as_json: bool) -> None:
     """
     from meancache_trt.demo import run_demo  # noqa: PLC0415  (needs torch)
 
+    hush_libraries()
     with progress("demo") as report:
         rows = run_demo(output, threads=threads, note=note, report=report)
     if as_json:

@@ -23,6 +23,15 @@ _PLAIN_LINE_S = 10.0
 """Seconds between progress lines where standard error is no terminal."""
 
 
+def hush_libraries() -> None:
+    """Turn off the progress bars that diffusers and transformers show while they load."""
+    import diffusers.utils.logging  # noqa: PLC0415  (heavy; only where it is used anyway)
+    import transformers.utils.logging  # noqa: PLC0415
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def note(message: str) -> None:
     """Say what is happening, on standard error."""
     click.echo(message, err=True)

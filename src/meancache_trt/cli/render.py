@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
 from meancache_trt.cli import options
-from meancache_trt.cli.output import note, print_json, print_table, progress
+from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
 from meancache_trt.errors import InputError
 from meancache_trt.meancache.files import read_bytes
 from meancache_trt.render import Conditioning, NoiseSource, Rendering, load
@@ -67,23 +69,26 @@ def render(
     The same bundle, prompt, seed and schedule always give the same file.
     """
     prompts = _prompts(texts, file, embeddings)
+    if embeddings is None:
+        hush_libraries()
     with (
+        output_directory(output) as save,
         load(bundle, backend=backend, threads=threads) as pipeline,
-        progress("rendering") as report,
     ):
-        renderings = pipeline.render(
-            prompts,
-            seed=seed,
-            schedule=schedule,
-            guidance_scale=guidance_scale,
-            height=height,
-            width=width,
-            noise=noise,
-            on_evaluation=lambda image, images, done, budget: report(
-                image * budget + done, images * budget
-            ),
-        )
-    paths = save_all(renderings, output)
+        with progress("rendering") as report:
+            renderings = pipeline.render(
+                prompts,
+                seed=seed,
+                schedule=schedule,
+                guidance_scale=guidance_scale,
+                height=height,
+                width=width,
+                noise=noise,
+                on_evaluation=lambda image, images, done, budget: report(
+                    image * budget + done, images * budget
+                ),
+            )
+        paths = [save(index, rendering) for index, rendering in enumerate(renderings)]
     _print_summary(renderings, paths, as_json=as_json)
 
 
@@ -98,13 +103,19 @@ def encode(bundle: Path, texts: tuple[str, ...], file: Path | None, output: Path
     """Encode prompts into a safetensors file that `render --embeddings` takes."""
     prompts = _prompts(texts, file, None)
     assert isinstance(prompts, list)
+    hush_libraries()
     with load(bundle) as pipeline:
         pipeline.encode(prompts).save(output)
     note(f"wrote {output}: {len(prompts)} prompts")
 
 
-def save_all(renderings: list[Rendering], directory: Path) -> list[Path]:
-    """Write pictures as NNNN-words.png; a directory made for them goes again if writing fails."""
+@contextlib.contextmanager
+def output_directory(directory: Path) -> Iterator[Callable[[int, Rendering], Path]]:
+    """Make a directory and yield what saves picture i in it as NNNN-words.png.
+
+    Where anything fails, the pictures written go again, and the directory if it was made here.
+    Raises `InputError` where it cannot be made.
+    """
     is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -112,19 +123,23 @@ def save_all(renderings: list[Rendering], directory: Path) -> list[Path]:
         raise InputError(
             f"cannot create {directory}: {error.strerror}; give a directory that is writable"
         ) from error
-    paths: list[Path] = []
+    written: list[Path] = []
+
+    def save(index: int, rendering: Rendering) -> Path:
+        path = directory / f"{index:04d}-{_slug(rendering.prompt)}.png"
+        is_replaced = path.exists()
+        rendering.save(path)
+        written.extend([] if is_replaced else [path])
+        return path
+
     try:
-        for index, rendering in enumerate(renderings):
-            path = directory / f"{index:04d}-{_slug(rendering.prompt)}.png"
-            rendering.save(path)
-            paths.append(path)
-    except InputError:
-        for path in paths:
+        yield save
+    except BaseException:
+        for path in written:
             path.unlink(missing_ok=True)
         if is_new:
             directory.rmdir()
         raise
-    return paths
 
 
 def _prompts(

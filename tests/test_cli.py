@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from meancache_trt.cli import main
+
+NODES, SPANS = "0,1,3,7,14,21,28,35,42,49", "1,2,1,1,1,1,1,1,4"
+OFFICIAL_10 = (
+    *("bake", "--method", "official", "--nodes", NODES, "--spans", SPANS),
+    *("--steps", "50", "--shift", "3", "--json"),
+)
+PROMPT = "large plain red circle left gray"
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; exit status, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            main([str(argument) for argument in arguments])
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def only_error(result: tuple[int, str, str]) -> str:
+    """The message of a command that failed as it should: status 1, one line, nothing else."""
+    status, out, err = result
+    assert status == 1
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_bake_prints_the_folded_official_schedule(run):
+    status, out, _ = run(*OFFICIAL_10)
+    found = json.loads(out)
+    assert status == 0
+    assert list(found) == ["sigmas", "timesteps", "nodes", "weights"]
+    assert len(found["sigmas"]) == 51
+    assert len(found["timesteps"]) == 50
+    assert found["nodes"] == [0, 1, 3, 7, 14, 21, 28, 35, 42, 49]
+    sums = [sum(row) for row in found["weights"]]
+    ends = np.diff([found["sigmas"][step] for step in [*found["nodes"], 50]])
+    assert np.abs(np.array(sums) - ends).max() < 1e-12  # float64 sums of ten terms
+
+
+def test_bake_prints_a_published_preset(run):
+    status, out, _ = run("bake", "--preset", "Qwen/Qwen-Image:10", "--json")
+    assert status == 0
+    assert json.loads(out)["nodes"] == [0, 1, 3, 7, 14, 21, 28, 35, 42, 49]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--nodes 0,1,3 --spans 1", "need 2 spans, found 1"),
+        ("--nodes 0,3,1 --spans 1,1", "ascending order, found 1 after 3"),
+        ("--nodes 1,3 --spans 1", "begins with 1"),
+        ("--nodes 0,1,3 --spans 1,3", "1 to 2 .*, found 3"),
+        ("--nodes 0,1,10 --spans 1,1", "0 to 9, found 10"),
+        ("--nodes 0,1", "needs 1 spans"),
+    ],
+)
+def test_bake_refuses_malformed_schedules_with_one_message(run, arguments, message):
+    result = run("bake", "--method", "official", "--steps", 10, *arguments.split())
+    assert re.search(message, only_error(result))
+
+
+def test_bake_writes_a_file_that_inspect_reads(run, tmp_path):
+    run(*OFFICIAL_10, "-o", tmp_path / "b10.json")
+    status, out, _ = run("inspect", tmp_path / "b10.json")
+    assert status == 0
+    assert "official, 10 of 50 steps, shift 3, history 2" in out
+
+
+def test_bake_adds_to_a_bundle(run, bundle):
+    arguments = "bake --method ab2 --nodes 0,5,20 --steps 50 --shift 3 --name mine --bundle"
+    assert run(*arguments.split(), bundle)[0] == 0
+    status, out, _ = run("inspect", bundle, "--json")
+    assert status == 0
+    assert "mine" in [schedule["name"] for schedule in json.loads(out)["schedules"]]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bake"],
+        ["bake", "--nodes", "0,x"],
+        ["bake", "--nodes", "0", "--preset", "Qwen/Qwen-Image:10"],
+        ["render"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage_has_status_2(run, arguments):
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "Usage:" in err
+
+
+def test_render_writes_a_picture_for_each_prompt(run, shared_bundle, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\nsmall plain blue star right pink\n")
+    out_dir = tmp_path / "pictures"
+    status, out, _ = run(
+        "render", shared_bundle, "--prompts", tmp_path / "prompts.txt", "-o", out_dir,
+        "--schedule", "b6", "--json",
+    )  # fmt: skip
+    assert status == 0
+    rows = json.loads(out)["images"]
+    assert [row["schedule"] for row in rows] == ["b6", "b6"]
+    assert sorted(path.name for path in out_dir.iterdir()) == [
+        "0000-large-plain-red-circle-left-gray.png",
+        "0001-small-plain-blue-star-right-pink.png",
+    ]
+    with Image.open(rows[0]["path"]) as picture:
+        assert picture.size == (64, 64)
+
+
+def test_rendering_twice_gives_the_same_bytes(run, shared_bundle, tmp_path):
+    for name in ("a", "b"):
+        run("render", shared_bundle, "--prompt", PROMPT, "-o", tmp_path / name, "--schedule", "6")
+    (first,), (second,) = ((tmp_path / name).glob("*.png") for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_encoded_prompts_render_as_texts_do(run, shared_bundle, tmp_path):
+    file = tmp_path / "prompts.safetensors"
+    assert run("encode", shared_bundle, "--prompt", PROMPT, "-o", file)[0] == 0
+    common = ("render", shared_bundle, "--schedule", "b6")
+    run(*common, "--prompt", PROMPT, "-o", tmp_path / "a")
+    run(*common, "--embeddings", file, "-o", tmp_path / "b")
+    (first,), (second,) = ((tmp_path / name).glob("*.png") for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "absent.txt"], "expected a file at absent.txt, found nothing"),
+        (["--prompt", "a", "--schedule", "absent.json"], "absent.json"),
+        (["--prompt", "a", "--schedule", "b11"], "no schedule 'b11'"),
+        (["--prompt", "a", "--height", "72"], "renders 64x64"),
+        (["--prompt", "a", "--guidance-scale", "-1"], "guidance scale"),
+        (["--prompt", "a", "--seed", "-1"], "seed"),
+    ],
+)
+def test_render_refuses_bad_input_and_leaves_no_directory(
+    run, shared_bundle, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert message in only_error(run("render", shared_bundle, *arguments, "-o", "pictures"))
+    assert not Path("pictures").exists()
+
+
+def test_render_says_what_a_missing_bundle_needs(run, tmp_path):
+    error = only_error(run("render", tmp_path / "no.mcb", "--prompt", "a", "-o", tmp_path / "out"))
+    assert "meancache-trt build" in error
+
+
+def test_an_output_path_that_is_a_file_is_refused(run, shared_bundle, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    error = only_error(
+        run("render", shared_bundle, "--prompt", "a", "-o", tmp_path / "out", "--schedule", "b6")
+    )
+    assert "cannot create" in error
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_plan_records_what_it_measured(run, bundle):
+    status, out, _ = run("plan", bundle, "--threads", 1, "--json")
+    assert status == 0
+    record = json.loads(out)
+    assert record["runtime"] == "onnxruntime-cpu"
+    assert record["evaluation_ms"] > 0
+    listed = json.loads(run("inspect", bundle, "--json")[1])
+    assert listed["plans"] == ["plans/onnxruntime-cpu.json"]
+
+
+def test_inspect_tells_what_a_bundle_holds(run, shared_bundle):
+    status, out, _ = run("inspect", shared_bundle, "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["family"] == "flux"
+    assert {"transformer", "prepare", "vae_decoder", "update/h4"} <= set(facts["components"])
+    assert all(record["max_abs_error"] <= record["tolerance"] for record in facts["parity"])
+    assert [schedule["budget"] for schedule in facts["schedules"]] == [50, 10, 6]
+    status, out, _ = run("inspect", shared_bundle)
+    assert status == 0
+    assert "transformer" in out
+
+
+def test_doctor_reports_packages_and_backends(run):
+    status, out, _ = run("doctor", "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["packages"]["onnxruntime"]
+    assert facts["backends"][0]["is_available"]
+    assert run("doctor")[0] == 0
+
+
+def test_help_needs_no_heavy_package():
+    script = (
+        "import sys; from meancache_trt.cli import cli; "
+        "bad = {'torch', 'diffusers', 'onnxruntime', 'tensorrt', 'onnx'} & set(sys.modules); "
+        "sys.exit(str(bad) if bad else 0)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.slow
+def test_build_does_everything_and_skips_what_is_done(run, tmp_path):
+    output = tmp_path / "flux.mcb"
+    arguments = ("build", "standin/flux", "-o", output, "--samples", 2, "--budget", 8, "--json")
+    status, out, err = run(*arguments)
+    assert status == 0, err
+    assert {row["name"] for row in json.loads(out)["schedules"]} == {"full", "b8"}
+    status, _, err = run(*arguments)
+    assert status == 0
+    assert "already there" in err
+    error = run("build", "standin/flux", "-o", output, "--height", 32, "--width", 32)
+    assert error[0] == 1
+    assert "64x64 against 32x32" in error[2]
