@@ -99,10 +99,12 @@ def test_count_convention_down_to_sigma_zero(steps: int, shift: float) -> None:
 
 
 @quick
-@given(steps=STEPS, mu=MUS)
-def test_count_convention_with_dynamic_shift(steps: int, mu: float) -> None:
-    grid = make_grid(steps, convention="count", mu=mu)
-    assert_equals_diffusers(grid, {"use_dynamic_shifting": True}, mu=mu)
+@given(steps=STEPS, mu=MUS, shift=SHIFTS)
+def test_count_convention_with_dynamic_shift_ignores_the_static_one(
+    steps: int, mu: float, shift: float
+) -> None:
+    grid = make_grid(steps, convention="count", mu=mu, shift=shift)
+    assert_equals_diffusers(grid, {"use_dynamic_shifting": True, "shift": shift}, mu=mu)
 
 
 @quick
