@@ -121,11 +121,14 @@ class OnnxRuntime:
         self.version = str(onnxruntime.__version__)
         self._threads = threads
 
-    def load(self, path: Path) -> Graph:
-        """Load an ONNX file. Raises `BundleError` with the library's words where it refuses."""
+    def load(self, path: Path, *, is_light: bool = False) -> Graph:
+        """Load an ONNX file. Raises `BundleError` with the library's words where it refuses.
+
+        A light graph runs on one thread: waking a second costs more than it saves.
+        """
         options = self._library.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = 1 if is_light else self._threads
         try:
             session = self._library.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]

@@ -9,8 +9,8 @@ from meancache_trt.errors import ExportError
 from meancache_trt.export.family import Signature
 from meancache_trt.manifest import GuidanceRule, TensorRecord
 
-HISTORIES = (4, 8, 16)
-"""Sizes H of which a graph is made; published schedules need up to 10."""
+HISTORIES = (1, 2, 4, 8, 16)
+"""Sizes H of which a graph is made: Euler needs 1, published schedules 2 to 10."""
 
 _IR_VERSION = 10  # what goes with opset 20 (ONNX 1.15 to 1.16 wrote it); readable by ORT >= 1.18
 
@@ -49,8 +49,8 @@ def update_graph(rule: GuidanceRule, signature: Signature, *, opset: int) -> onn
     (1, 64, 32): 7, 12 and 21 microseconds for H = 4, 8 and 16.
     """
     history = signature.inputs["weights"].shape[0]
-    if not isinstance(history, int) or history < 2:
-        raise ExportError(f"an update graph needs a fixed history of at least 2, not {history}")
+    if not isinstance(history, int) or history < 1:
+        raise ExportError(f"an update graph needs a fixed history of at least 1, not {history}")
     nodes, constants = _guidance(rule, rank=len(signature.inputs["latent"].shape))
     velocities = ["velocity", *(f"history_{age}" for age in range(1, history))]
     graph = helper.make_graph(
@@ -86,8 +86,10 @@ def _guidance(rule: GuidanceRule, rank: int) -> tuple[list[onnx.NodeProto], list
 
 def _weighted_sum(velocities: list[str]) -> list[onnx.NodeProto]:
     count = len(velocities)
-    weights = [f"weight_{age}" for age in range(count)]
-    nodes = [helper.make_node("Split", ["weights"], weights, axis=0, num_outputs=count)]
+    weights = [f"weight_{age}" for age in range(count)] if count > 1 else ["weights"]
+    nodes = []
+    if count > 1:
+        nodes.append(helper.make_node("Split", ["weights"], weights, axis=0, num_outputs=count))
     total = "latent"
     for age, (velocity, weight) in enumerate(zip(velocities, weights, strict=True)):
         following = f"sum_{age}" if age < count - 1 else "next_latent"

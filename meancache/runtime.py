@@ -80,8 +80,11 @@ class Runtime(Protocol):
     def version(self) -> str:
         """Of the library that executes."""
 
-    def load(self, path: Path) -> Graph:
-        """Load an ONNX graph (and the engine built from it, where the backend has one)."""
+    def load(self, path: Path, *, is_light: bool = False) -> Graph:
+        """Load an ONNX graph (and the engine built from it, where the backend has one).
+
+        `is_light` says that the graph has no weights, only elementwise work and moves.
+        """
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Tensor: ...
 

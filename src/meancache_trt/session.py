@@ -47,7 +47,8 @@ class Graphs:
         """The loaded graph of a component."""
         if component.path not in self._loaded:
             path = self.bundle.component_path(component)
-            self._loaded[component.path] = self.runtime.load(path)
+            is_light = not component.weight_bytes
+            self._loaded[component.path] = self.runtime.load(path, is_light=is_light)
         return self._loaded[component.path]
 
 
