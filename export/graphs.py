@@ -104,7 +104,7 @@ def _written(
         path=path,
         inputs=signature.inputs,
         outputs=signature.outputs,
-        precision=job.precision.name,
+        precision=job.precision.dtype,
         opset=job.precision.opset,
         weights=files,
         weight_bytes=total,

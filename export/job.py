@@ -15,14 +15,13 @@ WeightPlacement = Literal["link", "copy"]
 
 @dataclass(frozen=True)
 class Precision:
-    """A graph's precision: its name in manifests, the network's dtype, and the opset it takes."""
+    """The network's dtype, as manifests name it, and the opset that it takes."""
 
-    name: str
     dtype: str
     opset: int
 
 
-F32 = Precision("f32", "float32", opset=20)
+F32 = Precision("float32", opset=20)
 """What ONNX Runtime, OpenVINO and TensorRT all take; TensorRT refuses opset 23's float32 Attention.
 """
 

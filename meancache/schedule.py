@@ -28,6 +28,10 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 """The loop multiplies by float32 weights; a larger one would become infinite there."""
 
 
+FITTED = "fitted"
+"""The method of tables whose weights follow from data, so that they belong to their grid."""
+
+
 class ModelReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The checkpoint that a schedule was calibrated on: its name and the digest of its weights."""
 
@@ -84,6 +88,10 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _check_weights(self.weights, len(self.nodes), self.history)
         if self.is_analytic:
             self._check_fold()
+        elif self.method != FITTED:
+            raise ScheduleError(
+                f"unknown method {self.method!r}; expected {FITTED!r} or one of {', '.join(METHODS)}"
+            )
 
     @property
     def budget(self) -> int:

@@ -86,7 +86,7 @@ class NumpyRuntime:
     version = np.__version__
 
     def load(self, path: Path, *, is_light: bool = False) -> Graph:
-        raise AssertionError(f"this runtime loads nothing, asked for {path}")
+        raise AssertionError(f"this runtime loads nothing, asked for {path}, {is_light}")
 
     def zeros(self, shape: Sequence[int], dtype: str) -> ArrayTensor:
         return ArrayTensor(np.zeros(tuple(shape), dtype))

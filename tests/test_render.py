@@ -176,6 +176,13 @@ def test_a_schedule_of_another_model_is_refused(pipeline):
         pipeline.schedule(other, 3.5)
 
 
+def test_a_schedule_of_another_precision_is_refused(pipeline):
+    with pytest.raises(
+        ScheduleError, match="calibrated in bfloat16, this bundle's network is float32"
+    ):
+        pipeline.schedule(calibrated(pipeline, precision="bfloat16"), 3.5)
+
+
 def test_another_size_is_refused_with_the_one_there_is(pipeline):
     with pytest.raises(BundleError, match="renders 64x64, found 128x64"):
         pipeline.render([PROMPT], width=128)

@@ -55,7 +55,7 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str
     inputs: dict[str, TensorRecord]
     outputs: dict[str, TensorRecord]
-    precision: str = "f32"
+    precision: str = "float32"
     opset: int = 20
     weights: tuple[WeightFile, ...] = ()
     weight_bytes: int = 0

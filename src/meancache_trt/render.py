@@ -189,6 +189,12 @@ class Pipeline:
                 f"{str(found.model.digest)[:12]}), this bundle is {export.model.name!r} (digest "
                 f"{export.model.digest[:12]}); calibrate on this checkpoint"
             )
+        precision = export.components["transformer"].precision
+        if found.calibration is not None and found.precision != precision:
+            raise ScheduleError(
+                f"schedule {found.name!r} was calibrated in {found.precision}, this bundle's "
+                f"network is {precision}; calibrate in {precision}"
+            )
         return found.fit_to(self.grid(found.grid.steps), guidance_scale)
 
     def session(self, schedule: Schedule, resolution: Resolution | None = None) -> Session:

@@ -155,6 +155,7 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no spans": (without("spans"), "needs 4 spans"),
     "unknown field": (replaced(1, "gamma"), "unknown field `gamma`"),
     "unknown field of the grid": (replaced(1, "grid", "karras"), "unknown field `karras`"),
+    "unknown method": (replaced("telepathy", "method"), "unknown method 'telepathy'"),
     "name of another type": (replaced(7, "name"), "Expected `str`, got `int`"),
     "nodes of another type": (replaced("0,1", "nodes"), "Expected `array`, got `str`"),
     "fractional node": (replaced(1.5, "nodes", 1), "Expected `int`, got `float`"),
