@@ -90,7 +90,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             self._check_fold()
         elif self.method != FITTED:
             raise ScheduleError(
-                f"unknown method {self.method!r}; expected {FITTED!r} or one of {', '.join(METHODS)}"
+                f"unknown method {self.method!r}; expected {FITTED!r} or one of "
+                f"{', '.join(METHODS)}"
             )
 
     @property

@@ -1,0 +1,180 @@
+"""Phase shared by every image stand-in: a small AutoencoderKL trained on drawn shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import shapes
+import torch
+import workers
+from diffusers import AutoencoderKL
+from progress import Budget, RunningMean
+from torch import Tensor
+
+from meancache_trt.standins.captions import Scene, all_scenes
+
+SCALE_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class AutoencoderOptions:
+    """Training options; the defaults reach the PSNR stated in the model card."""
+
+    latent_channels: int = 8
+    seconds: float = 420
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    edge_weight: float = 0.5
+    kl_weight: float = 5e-4
+    latent_noise: float = 0.05
+    seed: int = 1
+
+
+def build(latent_channels: int) -> AutoencoderKL:
+    """An untrained autoencoder from 64 x 64 pixels to 16 x 16 latents."""
+    stages = 3
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=shapes.IMAGE_SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def pictures(
+    scenes: list[Scene], batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of (indices into `scenes` `(B,)`, pictures `(B, 3, 64, 64)`)."""
+    attributes = shapes.attribute_indices(scenes)
+    while True:
+        rows = torch.randint(len(scenes), (batch_size,), generator=generator)
+        yield rows, shapes.draw(attributes[rows], generator)
+
+
+def train(autoencoder: AutoencoderKL, options: AutoencoderOptions) -> dict[str, float]:
+    """Trains the autoencoder in place and sets its scaling and shift; returns measurements."""
+    autoencoder.to(memory_format=torch.channels_last).requires_grad_(True)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), options.learning_rate, (0.9, 0.99))
+    generator = torch.Generator().manual_seed(options.seed + workers.rank())
+    batches = pictures(all_scenes(), options.batch_size, generator)
+    budget, loss_mean = workers.shared_budget(options.seconds), RunningMean()
+    while not budget.is_spent:
+        optimizer.param_groups[0]["lr"] = options.learning_rate * budget.rate(warmup_steps=50)
+        loss_mean.add(_step(autoencoder, next(batches)[1], optimizer, options))
+        budget.tick(f"autoencoder loss {loss_mean.value:.4f}")
+    autoencoder.eval().requires_grad_(False)
+    _normalise(autoencoder, next(pictures(all_scenes(), 512, torch.Generator().manual_seed(2)))[1])
+    return _measurements(autoencoder, budget, loss_mean)
+
+
+def refine_decoder(autoencoder: AutoencoderKL, options: AutoencoderOptions) -> dict[str, float]:
+    """Trains the decoder alone on slightly noisy latents, in place; returns measurements.
+
+    The encoder stays as it is, so latents and the transformers trained on them stay valid.
+    """
+    autoencoder.requires_grad_(False).decoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        autoencoder.decoder.parameters(), options.learning_rate, (0.9, 0.99)
+    )
+    generator = torch.Generator().manual_seed(options.seed + 100 + workers.rank())
+    batches = pictures(all_scenes(), options.batch_size, generator)
+    budget, loss_mean = workers.shared_budget(options.seconds), RunningMean()
+    while not budget.is_spent:
+        optimizer.param_groups[0]["lr"] = options.learning_rate * budget.rate(warmup_steps=50)
+        pixels = next(batches)[1]
+        latents = encode(autoencoder, pixels)
+        latents += options.latent_noise * torch.randn(latents.shape, generator=generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            decoded = _decode(autoencoder, latents)
+        loss_mean.add(_update(autoencoder, _picture_loss(decoded, pixels, options), optimizer))
+        budget.tick(f"decoder loss {loss_mean.value:.4f}")
+    autoencoder.requires_grad_(False)
+    return _measurements(autoencoder, budget, loss_mean)
+
+
+@torch.no_grad()
+def psnr_db(autoencoder: AutoencoderKL) -> float:
+    """Peak signal-to-noise ratio of 256 reconstructions, averaged over pictures."""
+    _, pixels = next(pictures(all_scenes(), 256, torch.Generator().manual_seed(3)))
+    decoded = _decode(autoencoder, encode(autoencoder, pixels))
+    error = (decoded.clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+    return float((10 * torch.log10(4 / error)).mean())
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Latents `(B, C, 16, 16)` as the transformer sees them: shifted and scaled means."""
+    scaling, shift = _scale(autoencoder)
+    return (autoencoder.encode(pixels).latent_dist.mode() - shift) * scaling
+
+
+def _scale(autoencoder: AutoencoderKL) -> tuple[float, float]:
+    return autoencoder.config.scaling_factor, autoencoder.config.shift_factor
+
+
+def _normalise(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
+    """Sets scaling and shift so that latents have zero mean and unit variance."""
+    autoencoder.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    latents = encode(autoencoder, pixels)
+    autoencoder.register_to_config(
+        scaling_factor=round(1 / float(latents.std()), 5),
+        shift_factor=round(float(latents.mean()), 5),
+    )
+
+
+def _step(
+    autoencoder: AutoencoderKL,
+    pixels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    options: AutoencoderOptions,
+) -> float:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        posterior = autoencoder.encode(pixels.to(memory_format=torch.channels_last)).latent_dist
+        decoded = autoencoder.decode(posterior.sample()).sample
+    kl = posterior.kl().mean() / math.prod(posterior.mean.shape[1:])
+    loss = _picture_loss(decoded, pixels, options) + options.kl_weight * kl
+    return _update(autoencoder, loss, optimizer)
+
+
+def _update(autoencoder: AutoencoderKL, loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    workers.average_gradients(list(autoencoder.parameters()))
+    torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def _picture_loss(decoded: Tensor, pixels: Tensor, options: AutoencoderOptions) -> Tensor:
+    """Squared error of pixels and of neighbouring pixels' differences, which keeps edges sharp.
+
+    An absolute error converged far slower: the background's many small errors outvote the shape.
+    """
+    error = decoded.float() - pixels
+    edges = error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean()
+    return error.square().mean() + options.edge_weight * edges
+
+
+def _decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
+    scaling, shift = _scale(autoencoder)
+    sample: Tensor = autoencoder.decode(latents / scaling + shift).sample
+    return sample
+
+
+def _measurements(
+    autoencoder: AutoencoderKL, budget: Budget, loss_mean: RunningMean
+) -> dict[str, float]:
+    return {
+        "steps": budget.steps,
+        "seconds": budget.elapsed_s,
+        "loss": loss_mean.value,
+        "psnr_db": psnr_db(autoencoder),
+    }

@@ -1,0 +1,59 @@
+"""Writes the model card of the FLUX.1-dev stand-in from the phases' measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import FluxPipeline
+
+_TEMPLATE = Path(__file__).with_name("flux_card.md")
+
+
+def write(work: Path, pipeline_folder: Path) -> None:
+    """Writes `README.md` into the pipeline folder."""
+    phases = {name: _read(work, name) for name in ("autoencoder", "decoder", "flow", "distilled")}
+    pipeline = FluxPipeline.from_pretrained(pipeline_folder)
+    names = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    counts = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in names}
+    text = _TEMPLATE.read_text().format(
+        total=sum(counts.values()) / 1e6,
+        megabytes=_size_bytes(pipeline_folder) / 1e6,
+        clip_words=len(pipeline.tokenizer),
+        t5_words=len(pipeline.tokenizer_2),
+        minutes=sum(phase["measurements"]["seconds"] for phase in phases.values()) / 60,
+        rows="\n".join(_row(name, phase) for name, phase in phases.items()),
+        psnr=phases["decoder"]["measurements"]["psnr_db"],
+        dropout=phases["flow"]["options"]["caption_dropout"],
+        flow_curve=_curve(phases["flow"]),
+        distil_curve=_curve(phases["distilled"]),
+        evaluation=_text(work / "evaluation.md"),
+        notes=_text(work / "notes.md"),
+        **counts,
+    )
+    (pipeline_folder / "README.md").write_text(text)
+
+
+def _read(work: Path, phase: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((work / f"{phase}.json").read_text())
+    return content
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _row(name: str, phase: dict[str, Any]) -> str:
+    measured, options = phase["measurements"], phase["options"]
+    columns = (name, f"{measured['seconds']:.0f}", measured["steps"], options["batch_size"])
+    return f"| {' | '.join(map(str, columns))} | {measured['loss']:.4f} |"
+
+
+def _curve(phase: dict[str, Any]) -> str:
+    return ", ".join(f"{loss:.4f} at {step}" for step, loss in phase["measurements"]["curve"])
+
+
+def _text(file: Path) -> str:
+    """What `judge.py` or a person left for the card, if anything."""
+    return file.read_text() if file.exists() else ""
