@@ -108,7 +108,7 @@ def test_unknown_schedule_lists_the_known(bundle):
         Bundle.open(bundle).schedule("b11")
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden", ""])
+@pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden"])
 def test_a_schedule_cannot_be_written_outside_its_folder(bundle, name):
     with pytest.raises(ScheduleError, match="plain file name"):
         Bundle.open(bundle).add_schedule(small_schedule(name))

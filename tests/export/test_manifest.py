@@ -11,7 +11,8 @@ def test_export_survives_a_round_trip_through_json(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize(
-    ("history", "path"), [(1, "h4"), (4, "h4"), (5, "h8"), (10, "h16"), (16, "h16")]
+    ("history", "path"),
+    [(1, "h1"), (2, "h2"), (3, "h4"), (4, "h4"), (5, "h8"), (10, "h16"), (16, "h16")],
 )
 def test_smallest_update_graph_that_fits_is_chosen(
     exported: Exported, history: int, path: str

@@ -22,7 +22,7 @@ DEMO_PROMPTS = (
 
 
 def path(name: str = "flux") -> Path:
-    """The packaged diffusers pipeline folder of a stand-in; raises `InputError` when there is none."""
+    """The packaged diffusers pipeline folder of a stand-in. Raises `InputError` for no such."""
     folder = Path(__file__).parent / name
     if not (folder / "model_index.json").is_file():
         known = sorted(
