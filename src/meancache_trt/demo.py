@@ -151,7 +151,7 @@ def contact_sheet(renderings: Mapping[int, Sequence[Rendering]], scale: int = 2)
     """One row a budget, one column a prompt, with labels; pictures enlarged `scale` times."""
     first = next(iter(renderings.values()))
     height, width = (scale * side for side in first[0].pixels.shape[:2])
-    margin, gap, caption = 64, 4, 44
+    margin, gap, caption = 64, 4, 58
     sheet = Image.new(
         "RGB",
         (margin + len(first) * (width + gap), caption + len(renderings) * (height + gap)),
@@ -160,7 +160,7 @@ def contact_sheet(renderings: Mapping[int, Sequence[Rendering]], scale: int = 2)
     draw = ImageDraw.Draw(sheet)
     for column, rendering in enumerate(first):
         left = margin + column * (width + gap)
-        text = "\n".join(textwrap.wrap(rendering.prompt, width // 6)[:3])
+        text = "\n".join(textwrap.wrap(rendering.prompt, width // 6)[:4])
         draw.multiline_text((left, 2), text, fill="black", spacing=2)
     for row, (budget, pictures) in enumerate(renderings.items()):
         top = caption + row * (height + gap)
