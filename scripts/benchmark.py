@@ -120,7 +120,7 @@ def _loop_overhead(pipeline: Pipeline, rounds: int) -> dict[str, float]:
 
 
 def _evaluations(pipeline: Pipeline, model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Median of one transformer call for each runtime, interleaved."""
+    """Median of one transformer call for each runtime, in alternating blocks."""
     transformer = FluxTransformer2DModel.from_pretrained(
         model, subfolder="transformer", dtype=torch.float32
     ).eval()
@@ -134,13 +134,24 @@ def _evaluations(pipeline: Pipeline, model: Path, options: argparse.Namespace) -
         runs["torch.compile"] = lambda: compiled(**feeds)
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
-        for turn in range(options.rounds + 3):
+        for call in runs.values():
+            call()  # compiles, allocates
+        for _ in range(options.rounds):
             for name, call in runs.items():
-                start = time.perf_counter()
-                call()
-                if turn >= 3:
-                    times[name].append(1e3 * (time.perf_counter() - start))
+                times[name] += _block_ms(call)
     return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def _block_ms(call: Callable[[], object]) -> list[float]:
+    """Durations of a few calls, after a pause in which other runtimes' threads go to sleep."""
+    time.sleep(0.3)  # OpenMP's workers wait actively for 0.2 s
+    call()
+    measured = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        measured.append(1e3 * (time.perf_counter() - start))
+    return measured
 
 
 def _engine_call(pipeline: Pipeline) -> Callable[[], None]:
