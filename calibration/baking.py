@@ -86,7 +86,7 @@ def bake_schedules(
             outside 1 to T, or trajectories that are not fit for use.
     """
     options = options or BakeOptions()
-    _check_budgets(budgets, trajectories.grid.steps)
+    check_budgets(budgets, trajectories.grid.steps)
     started = time.perf_counter()
     choose = _strategy(options.method)(trajectories, options)
     measured_s = time.perf_counter() - started
@@ -200,7 +200,8 @@ def _strategy(method: str) -> Strategy:
     return STRATEGIES[method]
 
 
-def _check_budgets(budgets: Sequence[int], steps: int) -> None:
+def check_budgets(budgets: Sequence[int], steps: int) -> None:
+    """Raise `CalibrationError` for a budget outside 1 to `steps`."""
     for budget in budgets:
         if not 1 <= budget <= steps:
             raise CalibrationError(

@@ -6,6 +6,7 @@ for each. Recording can be interrupted at any time and resumed; samples are read
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +18,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from meancache_trt.errors import CalibrationError, InputError
-from meancache_trt.meancache.files import atomic_write, decode_json, encode_json, write_json
+from meancache_trt.meancache.files import decode_json, encode_json, write_json, write_tensors
 from meancache_trt.meancache.schedule import ModelReference
 from meancache_trt.meancache.sigmas import SigmaGrid
 
@@ -183,17 +183,31 @@ def record(
             finite, or the latent was moved by more than its velocities.
         InputError: where the directory cannot be written.
     """
-    known = _resume(directory, settings)
-    for done, prompt in enumerate(prompts):
-        if report:
-            report(done, len(prompts))
-        if prompt not in known:
-            known[prompt] = _record_one(directory, settings, sampler, prompt)
-            manifest = Manifest(settings=settings, samples=tuple(known.values()))
-            write_json(directory / MANIFEST, manifest)
+    with _empty_directory_withdrawn(directory):
+        known = _resume(directory, settings)
+        for done, prompt in enumerate(prompts):
+            if report:
+                report(done, len(prompts))
+            if prompt not in known:
+                known[prompt] = _record_one(directory, settings, sampler, prompt)
+                manifest = Manifest(settings=settings, samples=tuple(known.values()))
+                write_json(directory / MANIFEST, manifest)
     if report:
         report(len(prompts), len(prompts))
     return Trajectories(directory, settings, tuple(known[prompt] for prompt in prompts))
+
+
+@contextlib.contextmanager
+def _empty_directory_withdrawn(directory: Path) -> Iterator[None]:
+    """On failure remove a directory that was made here, unless something was recorded in it."""
+    is_new = not directory.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        raise
 
 
 def _resume(directory: Path, settings: Settings) -> dict[Prompt, Sample]:
@@ -245,8 +259,7 @@ def _record_one(directory: Path, settings: Settings, sampler: Sampler, prompt: P
     file = f"{hashlib.sha256(encode_json(prompt)).hexdigest()[:16]}.safetensors"
     tensors = {"velocities": velocities, "initial": initial, "final": final}
     metadata = {"prompt": prompt.text, "seed": str(prompt.seed)}
-    with atomic_write(directory / file) as temporary:
-        save_file(tensors, temporary, metadata)
+    write_tensors(directory / file, tensors, metadata)
     return Sample(prompt, file, time.perf_counter() - started)
 
 

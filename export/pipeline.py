@@ -48,7 +48,10 @@ def export_components(
         components = _write_graphs(job)
         encoders = _write_pipeline(job)
     except OSError as error:
-        raise ExportError(f"the export to {directory} cannot be written: {error}") from error
+        raise ExportError(
+            f"the export cannot write {error.filename2 or error.filename or directory}: "
+            f"{error.strerror}; free some space or give another output path"
+        ) from error
     parity = _check_parity(job, components) if check_parity else ()
     return _exported(job, components, encoders, parity)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from meancache_trt.errors import InputError, MeanCacheError
 
@@ -53,6 +58,18 @@ def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(encode_json(value))
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file, atomically. Raises `InputError` as `atomic_write` does."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        try:
+            save_file(contiguous, temporary, dict(metadata))
+        except SafetensorError as error:  # which has no errno; a full disk is what remains
+            raise OSError(errno.EIO, str(error)) from error
 
 
 @contextlib.contextmanager

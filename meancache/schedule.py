@@ -42,8 +42,8 @@ class ModelReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What was measured when the schedule was made. None means that it was not measured.
 
-    `edge_costs` has one entry for each interval (B); PSNR in dB is against the same model's own T
-    steps, on prompts that the schedule was not calibrated on.
+    `edge_costs` has one entry for each interval (B), measured as `cost` says; `path_cost` is the
+    sum of their powers `gamma`. `seconds` and `network_evaluations` include the recording.
     """
 
     samples: int
@@ -53,12 +53,6 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     gamma: float | None = None
     edge_costs: tuple[float, ...] | None = None
     path_cost: float | None = None
-    candidates: int | None = None
-    held_out_samples: int | None = None
-    psnr_mean: float | None = None
-    psnr_p5: float | None = None
-    psnr_worst: float | None = None
-    euler_psnr_mean: float | None = None
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -225,6 +225,35 @@ def test_help_needs_no_heavy_package():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", 0], "found 16 of 0"),
+        (["--budget", 51], "1 to 50 evaluations"),
+        (["--height", 70], "use 64 or 72"),
+        (["--prompts", "absent.txt"], "absent.txt"),
+    ],
+)
+def test_build_refuses_bad_input_before_it_works(run, tmp_path, arguments, message):
+    output = tmp_path / "new.mcb"
+    assert message in only_error(run("build", "standin/flux", "-o", output, *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("/nowhere", "neither a folder nor a hub id"),
+        ("standin/none", r"one of ['flux']"),
+        (".", "model_index.json"),
+    ],
+)
+def test_build_names_what_is_no_model(run, tmp_path, monkeypatch, model, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in only_error(run("build", model, "-o", "new.mcb"))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_build_does_everything_and_skips_what_is_done(run, tmp_path):
     output = tmp_path / "flux.mcb"

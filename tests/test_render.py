@@ -157,6 +157,14 @@ def test_a_schedule_of_another_guidance_scale_is_refused(pipeline):
         pipeline.render([PROMPT], schedule=calibrated(pipeline), guidance_scale=5.0)
 
 
+def test_the_schedules_own_guidance_scale_is_the_default(pipeline):
+    schedule = calibrated(pipeline, guidance_scale=2.0)
+    by_default = pipeline.render([PROMPT], schedule=schedule)[0]
+    asked_for = pipeline.render([PROMPT], schedule=schedule, guidance_scale=2.0)[0]
+    assert by_default.guidance_scale == 2.0
+    assert np.array_equal(by_default.pixels, asked_for.pixels)
+
+
 def test_a_calibrated_schedule_of_another_grid_is_refused(pipeline):
     other = bake(
         "euler", make_grid(STEPS, shift=2.0), [0, 9], calibration=Evidence(samples=1, seconds=0.0)

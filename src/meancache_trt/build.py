@@ -15,7 +15,7 @@ import msgspec
 
 from meancache_trt import standins
 from meancache_trt.bundle import MANIFEST, Bundle, create_bundle
-from meancache_trt.calibration.baking import BakeOptions, bake_schedules
+from meancache_trt.calibration.baking import BakeOptions, bake_schedules, check_budgets
 from meancache_trt.calibration.trajectories import Prompt, Trajectories, record
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
@@ -54,7 +54,8 @@ class RecordOptions:
     """What is recorded for calibration.
 
     `guidance_scale` None means the model's default. Sample i has prompt i (they repeat where there
-    are fewer than `samples`) and seed i.
+    are fewer than `samples`) and seed i. `budgets` are what will be baked from it, so that one out
+    of range is refused before the work.
     """
 
     height: int
@@ -63,6 +64,15 @@ class RecordOptions:
     steps: int = 50
     samples: int = 16
     guidance_scale: float | None = None
+    budgets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.samples < 1:
+            raise InputError(
+                f"calibration records at least one sample of one step, found {self.samples} of "
+                f"{self.steps}; give --samples and --steps of 1 or more"
+            )
+        check_budgets(self.budgets, self.steps)
 
 
 class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -224,7 +234,7 @@ def plan(bundle: Bundle, *, backend: str, threads: int) -> PlanRecord:
             start = time.perf_counter()
             pipeline.graphs.graph(component)
             load_ms[name] = 1e3 * (time.perf_counter() - start)
-        schedule = pipeline.schedule(None, pipeline.guidance(None))
+        schedule = pipeline.schedule()
         loop = pipeline.session(schedule).loop
         loop.run()  # the first run allocates
         start = time.perf_counter()

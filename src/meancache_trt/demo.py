@@ -100,8 +100,7 @@ def compare(
 
     Picture i has seed `SEED` + i at every budget. Each is rendered `ROUNDS` times.
     """
-    scale = pipeline.guidance(None)
-    schedules = [pipeline.schedule(budget, scale) for budget in budgets]
+    schedules = [pipeline.schedule(budget) for budget in budgets]
     calls = [_count_calls(pipeline, conditioning, schedule) for schedule in schedules]
     renderings: dict[int, list[Rendering]] = {budget: [] for budget in budgets}
     times: dict[int, list[float]] = {budget: [] for budget in budgets}
@@ -143,7 +142,7 @@ def _count_calls(pipeline: Pipeline, conditioning: Conditioning, schedule: Sched
     size = pipeline.resolution()
     session = Session(pipeline.graphs, schedule, size, wrap_transformer=probe)
     noise = philox_normal(SEED, size.noise_shape)[None]
-    session.run(noise, conditioning.select(0).tensors, pipeline.guidance(None))
+    session.run(noise, conditioning.select(0).tensors, pipeline.guidance())
     return len(probes[0].calls_ms)
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.engine.select import open_runtime
@@ -24,7 +23,7 @@ from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.export.registry import FAMILIES
 from meancache_trt.export.text import PromptEncoder
 from meancache_trt.manifest import Resolution
-from meancache_trt.meancache.files import atomic_write
+from meancache_trt.meancache.files import atomic_write, write_tensors
 from meancache_trt.meancache.noise import philox_normal, torch_normal
 from meancache_trt.meancache.schedule import Schedule, load_schedule
 from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
@@ -56,9 +55,7 @@ class Conditioning:
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, atomically."""
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self.tensors.items()}
-        with atomic_write(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"prompts": json.dumps(self.prompts)})
+        write_tensors(Path(path), self.tensors, {"prompts": json.dumps(self.prompts)})
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -168,14 +165,16 @@ class Pipeline:
         return size
 
     def schedule(
-        self, schedule: str | int | Path | Schedule | None, guidance_scale: float | None
+        self,
+        schedule: str | int | Path | Schedule | None = None,
+        guidance_scale: float | None = None,
     ) -> Schedule:
         """Find a schedule and check that it belongs to this bundle.
 
         Args:
             schedule: a name in the bundle, a budget, a file, or None for the bundle's largest
                 calibrated one (its largest, where none is calibrated).
-            guidance_scale: what will be rendered with.
+            guidance_scale: what will be rendered with; see `guidance`.
 
         Raises:
             BundleError: where the bundle has none of that name or budget.
@@ -195,7 +194,7 @@ class Pipeline:
                 f"schedule {found.name!r} was calibrated in {found.precision}, this bundle's "
                 f"network is {precision}; calibrate in {precision}"
             )
-        return found.fit_to(self.grid(found.grid.steps), guidance_scale)
+        return found.fit_to(self.grid(found.grid.steps), self.guidance(guidance_scale, found))
 
     def session(self, schedule: Schedule, resolution: Resolution | None = None) -> Session:
         """The session of a schedule and size; made once, then kept."""
@@ -205,12 +204,16 @@ class Pipeline:
             self._sessions[key] = Session(self.graphs, schedule, size)
         return self._sessions[key]
 
-    def guidance(self, guidance_scale: float | None) -> float | None:
-        """The scale to render with: the model's default where None is given.
+    def guidance(
+        self, guidance_scale: float | None = None, schedule: Schedule | None = None
+    ) -> float | None:
+        """The scale to render with: the one given, the schedule's own, or the model's default.
 
         Raises `InputError` for a scale that the model cannot take.
         """
         guidance = self.bundle.export.guidance
+        if guidance_scale is None and schedule is not None:
+            guidance_scale = schedule.guidance_scale
         if guidance.rule == "none" and guidance_scale is not None:
             raise InputError(
                 f"this model takes no guidance scale, found {guidance_scale}; leave it out"
@@ -239,7 +242,7 @@ class Pipeline:
             prompts: texts, or what `encode` made of them (then torch is not needed).
             seed: one for all, or one for each.
             schedule: see `schedule`.
-            guidance_scale: by default the model's.
+            guidance_scale: by default the schedule's, or the model's.
             height: pixels; by default the bundle's.
             width: pixels; by default the bundle's.
             noise: "philox" is this project's generator, the same in every host; "torch" gives
@@ -249,9 +252,9 @@ class Pipeline:
         seeds = _seeds(seed, _count(prompts))
         if noise not in _NOISE:
             raise InputError(f"noise is one of {', '.join(_NOISE)}, found {noise!r}")
-        scale = self.guidance(guidance_scale)
         size = self.resolution(height, width)
-        chosen = self.schedule(schedule, scale)
+        chosen = self.schedule(schedule, guidance_scale)
+        scale = self.guidance(guidance_scale, chosen)
         starts = [_NOISE[noise](start, size.noise_shape) for start in seeds]
         conditioning = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
         session = self.session(chosen, size)

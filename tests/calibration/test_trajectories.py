@@ -169,3 +169,13 @@ def test_a_directory_that_cannot_be_made_is_an_error(
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="cannot make the directory"):
         record(tmp_path / "file" / "deeper", settings, sampler, [])
+
+
+def test_a_failed_first_sample_leaves_no_directory(tmp_path: Path, settings: Settings) -> None:
+    def fail(prompt: Prompt, on_step: OnStep) -> tuple[Array, Array]:
+        on_step(0, np.zeros(3, np.float32))
+        raise KeyboardInterrupt(prompt.text)
+
+    with pytest.raises(KeyboardInterrupt):
+        record(tmp_path / "new", settings, fail, [Prompt("a moon")])
+    assert not (tmp_path / "new").exists()

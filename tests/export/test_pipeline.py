@@ -335,5 +335,5 @@ def test_transformer_of_another_class_is_refused(altered: Path, tmp_path: Path) 
 
 def test_target_that_cannot_be_written_is_told(flux_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ExportError, match="cannot be written"):
+    with pytest.raises(ExportError, match="cannot write"):
         export(flux_folder, tmp_path / "file" / "out")

@@ -99,6 +99,15 @@ def build(
     hush_libraries()
     checkpoint = stages.find_model(model)
     height, width = stages.picture_size(checkpoint, height, width)
+    recording = stages.RecordOptions(
+        height=height,
+        width=width,
+        prompts=_read(file) or stages.default_prompts(checkpoint),
+        steps=steps,
+        samples=samples,
+        guidance_scale=guidance_scale,
+        budgets=budgets or stages.DEFAULT_BUDGETS,
+    )
     bundle = stages.export(
         checkpoint,
         output,
@@ -112,18 +121,10 @@ def build(
         note=note,
         is_forced=force,
     )
-    recording = stages.RecordOptions(
-        height=height,
-        width=width,
-        prompts=_read(file) or stages.default_prompts(checkpoint),
-        steps=steps,
-        samples=samples,
-        guidance_scale=guidance_scale,
-    )
     work = output.with_name(f"{output.name}.calibration")
     with progress("calibrate") as report:
         trajectories = stages.record_pipeline(checkpoint, work, recording, note=note, report=report)
-    stages.bake_into(bundle, trajectories, budgets or stages.DEFAULT_BUDGETS)
+    stages.bake_into(bundle, trajectories, recording.budgets)
     stages.plan(bundle, backend=backend, threads=threads)
     report_schedules(bundle, as_json=as_json)
 
@@ -208,6 +209,7 @@ def calibrate(
         steps=steps,
         samples=samples,
         guidance_scale=guidance_scale,
+        budgets=budgets,
     )
     with progress("calibrate") as report:
         trajectories = stages.record_pipeline(

@@ -15,7 +15,7 @@ import msgspec
 
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.cli import options
-from meancache_trt.cli.output import decibels, print_json, print_table, show_schedule
+from meancache_trt.cli.output import print_json, print_table, show_schedule
 from meancache_trt.engine.select import available_backends
 from meancache_trt.meancache.schedule import Schedule, load_schedule
 
@@ -130,12 +130,13 @@ def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
 def print_schedules(schedules: Sequence[Schedule]) -> None:
     """Print one line a schedule."""
     print_table(
-        ["schedule", "evaluations", "of", "method", "history", "held-out PSNR dB"],
-        [
-            [s.name, s.budget, s.grid.steps, s.method, s.history, decibels(_psnr(s))]
-            for s in schedules
-        ],
+        ["schedule", "evaluations", "of", "method", "history", "guidance scale"],
+        [[s.name, s.budget, s.grid.steps, s.method, s.history, _scale(s)] for s in schedules],
     )
+
+
+def _scale(schedule: Schedule) -> str:
+    return "any" if schedule.guidance_scale is None else str(schedule.guidance_scale)
 
 
 def schedule_facts(schedule: Schedule) -> dict[str, object]:
@@ -147,9 +148,4 @@ def schedule_facts(schedule: Schedule) -> dict[str, object]:
         "method": schedule.method,
         "history": schedule.history,
         "guidance_scale": schedule.guidance_scale,
-        "psnr_mean": _psnr(schedule),
     }
-
-
-def _psnr(schedule: Schedule) -> float | None:
-    return schedule.calibration.psnr_mean if schedule.calibration else None

@@ -32,7 +32,9 @@ steps = click.option(
     help="Steps of the model's own full integration.",
 )
 guidance_scale = click.option(
-    "--guidance-scale", type=float, help="Guidance scale; by default the model's."
+    "--guidance-scale",
+    type=float,
+    help="Guidance scale; by default the schedule's, or the model's.",
 )
 force = click.option("--force", is_flag=True, help="Redo what is already there.")
 model = click.argument("model")
