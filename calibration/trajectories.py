@@ -166,6 +166,15 @@ def load_trajectories(directory: Path) -> Trajectories:
     return Trajectories(directory, manifest.settings, manifest.samples)
 
 
+def discard(directory: Path) -> None:
+    """Remove a recording: its manifest and the files that it lists. Nothing there is no error."""
+    if not (directory / MANIFEST).exists():
+        return
+    for sample in _read_manifest(directory).samples:
+        (directory / sample.file).unlink(missing_ok=True)
+    (directory / MANIFEST).unlink()
+
+
 def record(
     directory: Path,
     settings: Settings,

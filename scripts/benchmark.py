@@ -77,7 +77,7 @@ def _measure(
     name: str, model: Path, side: int, work: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     checkpoint = stages.find_model(str(model))
-    exporting = stages.ExportOptions(height=side, width=side)
+    exporting = stages.ExportOptions(size=(side, side))
     bundle = stages.export(
         checkpoint, work / f"{name}.mcb", exporting, note=lambda _: None, is_forced=False
     )
@@ -185,9 +185,7 @@ def _torch_feeds(pipeline: Pipeline) -> dict[str, Any]:
 def _calibration(work: Path) -> dict[str, float]:
     """Seconds of a calibration of the stand-in with 16 samples, by stage."""
     checkpoint = stages.find_model("standin/flux")
-    recording = stages.RecordOptions(
-        height=64, width=64, prompts=stages.default_prompts(checkpoint)
-    )
+    recording = stages.RecordOptions(size=(64, 64), prompts=stages.default_prompts(checkpoint))
     start = time.perf_counter()
     trajectories = stages.record_pipeline(
         checkpoint, work / "calibration", recording, note=lambda _: None, report=lambda *_: None

@@ -47,7 +47,7 @@ def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _export(path: Path) -> None:
     checkpoint = stages.find_model("standin/flux")
-    options = stages.ExportOptions(height=64, width=64)
+    options = stages.ExportOptions(size=(64, 64))
     bundle = stages.export(checkpoint, path, options, note=lambda _: None, is_forced=False)
     with Pipeline(bundle) as pipeline:
         grid = pipeline.grid(STEPS)

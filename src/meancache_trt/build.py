@@ -16,7 +16,7 @@ import msgspec
 from meancache_trt import standins
 from meancache_trt.bundle import MANIFEST, Bundle, create_bundle
 from meancache_trt.calibration.baking import BakeOptions, bake_schedules, check_budgets
-from meancache_trt.calibration.trajectories import Prompt, Trajectories, record
+from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
 from meancache_trt.export.pipeline import export_components, identify
@@ -40,10 +40,11 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What is exported. `text_tokens` None means what the family's pipeline takes."""
+    """What is exported. `size` is (height, width) in pixels; `text_tokens` None means what the
+    family's pipeline takes.
+    """
 
-    height: int
-    width: int
+    size: tuple[int, int]
     text_tokens: int | None = None
     weights: Literal["link", "copy"] = "link"
     is_parity_checked: bool = True
@@ -51,15 +52,14 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions:
-    """What is recorded for calibration.
+    """What is recorded for calibration, at `size` (height, width) in pixels.
 
     `guidance_scale` None means the model's default. Sample i has prompt i (they repeat where there
     are fewer than `samples`) and seed i. `budgets` are what will be baked from it, so that one out
     of range is refused before the work.
     """
 
-    height: int
-    width: int
+    size: tuple[int, int]
     prompts: tuple[str, ...]
     steps: int = 50
     samples: int = 16
@@ -125,8 +125,8 @@ def export(
         return export_components(
             checkpoint.path,
             directory,
-            height=options.height,
-            width=options.width,
+            height=options.size[0],
+            width=options.size[1],
             text_tokens=options.text_tokens,
             weights=options.weights,
             check_parity=options.is_parity_checked,
@@ -139,8 +139,8 @@ def export(
 def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) -> str | None:
     there = bundle.export
     size = there.resolution
-    if (size.height, size.width) != (options.height, options.width):
-        return f"{size.width}x{size.height} against {options.width}x{options.height}"
+    if (size.height, size.width) != options.size:
+        return f"{size.width}x{size.height} against {options.size[1]}x{options.size[0]}"
     if options.text_tokens not in (None, there.text_tokens):
         return f"{there.text_tokens} text tokens against {options.text_tokens}"
     model = identify(checkpoint)
@@ -153,12 +153,19 @@ def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) 
 
 
 def record_pipeline(
-    checkpoint: Checkpoint, directory: Path, options: RecordOptions, *, note: Note, report: Report
+    checkpoint: Checkpoint,
+    directory: Path,
+    options: RecordOptions,
+    *,
+    note: Note,
+    report: Report,
+    is_forced: bool = False,
 ) -> Trajectories:
     """Run the checkpoint's diffusers pipeline over all steps and record it, resuming if begun.
 
-    The pipeline runs in float32 on the CPU. Raises `CalibrationError` where `directory` was
-    recorded with other settings or a velocity is not finite.
+    `is_forced` drops what was recorded in `directory` before. The pipeline runs in float32 on the
+    CPU. Raises `CalibrationError` where `directory` was recorded with other settings or a velocity
+    is not finite.
     """
     from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)
         PipelineCall,
@@ -171,8 +178,8 @@ def record_pipeline(
     scale = options.guidance_scale
     call = PipelineCall(
         steps=options.steps,
-        height=options.height,
-        width=options.width,
+        height=options.size[0],
+        width=options.size[1],
         guidance_scale=family.guidance(configs).default_scale if scale is None else scale,
         guidance_argument=family.guidance_argument,
         options=(
@@ -186,6 +193,8 @@ def record_pipeline(
         for index in range(options.samples)
     ]
     note(f"calibrate: recording {len(prompts)} samples of {options.steps} steps")
+    if is_forced:
+        discard(directory)
     sampler = PipelineSampler(load_pipeline(checkpoint.path), call)
     model = identify(checkpoint)
     settings = sampler.settings(

@@ -77,13 +77,13 @@ def run_demo(
 
 def _build(directory: Path, threads: int, note: Note, report: Report) -> Bundle:
     checkpoint = stages.find_model("standin/flux")
-    height, width = stages.picture_size(checkpoint, None, None)
-    exporting = stages.ExportOptions(height=height, width=width)
+    size = stages.picture_size(checkpoint, None, None)
+    exporting = stages.ExportOptions(size=size)
     bundle = stages.export(
         checkpoint, directory / "flux.mcb", exporting, note=note, is_forced=False
     )
     recording = stages.RecordOptions(
-        height=height, width=width, prompts=stages.default_prompts(checkpoint), steps=STEPS
+        size=size, prompts=stages.default_prompts(checkpoint), steps=STEPS
     )
     trajectories = stages.record_pipeline(
         checkpoint, directory / "calibration", recording, note=note, report=report

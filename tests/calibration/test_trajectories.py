@@ -17,6 +17,7 @@ from meancache_trt.calibration.trajectories import (
     Prompt,
     Settings,
     Trajectories,
+    discard,
     load_trajectories,
     record,
 )
@@ -179,3 +180,11 @@ def test_a_failed_first_sample_leaves_no_directory(tmp_path: Path, settings: Set
     with pytest.raises(KeyboardInterrupt):
         record(tmp_path / "new", settings, fail, [Prompt("a moon")])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_discarded_recording_is_gone_and_nothing_else(trajectories: Trajectories) -> None:
+    other = trajectories.directory / "b10.json"
+    other.write_text("{}")
+    discard(trajectories.directory)
+    assert list(trajectories.directory.iterdir()) == [other]
+    discard(trajectories.directory)

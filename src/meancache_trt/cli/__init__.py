@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cli.main(arguments, prog_name="meancache-trt", standalone_mode=False)
     except MeanCacheError as error:
         _fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        _fail(f"this command needs {error.name}: pip install 'meancache-trt[cpu,export]'", 1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

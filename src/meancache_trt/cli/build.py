@@ -7,12 +7,14 @@ from typing import Literal
 
 import click
 
+from meancache_trt import build as stages
 from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.baking import bake_schedules
 from meancache_trt.cli import options
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
 from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
 from meancache_trt.cli.render import read_prompts
+from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.meancache.schedule import save_schedule
 
 _samples = click.option(
@@ -94,36 +96,27 @@ def build(
     package. Stages that are finished are not done again. What is recorded for calibration goes to
     OUTPUT.calibration beside the bundle and can be deleted afterwards.
     """
-    from meancache_trt import build as stages  # noqa: PLC0415  (torch, through the exporter)
-
     hush_libraries()
     checkpoint = stages.find_model(model)
-    height, width = stages.picture_size(checkpoint, height, width)
+    size = stages.picture_size(checkpoint, height, width)
+    prompts = _prompts_of(checkpoint, file)
     recording = stages.RecordOptions(
-        height=height,
-        width=width,
-        prompts=_read(file) or stages.default_prompts(checkpoint),
+        size=size,
+        prompts=prompts,
         steps=steps,
         samples=samples,
         guidance_scale=guidance_scale,
         budgets=budgets or stages.DEFAULT_BUDGETS,
     )
-    bundle = stages.export(
-        checkpoint,
-        output,
-        stages.ExportOptions(
-            height=height,
-            width=width,
-            text_tokens=text_tokens,
-            weights=weights,
-            is_parity_checked=not skip_parity,
-        ),
-        note=note,
-        is_forced=force,
+    exporting = stages.ExportOptions(
+        size=size, text_tokens=text_tokens, weights=weights, is_parity_checked=not skip_parity
     )
+    bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
     work = output.with_name(f"{output.name}.calibration")
     with progress("calibrate") as report:
-        trajectories = stages.record_pipeline(checkpoint, work, recording, note=note, report=report)
+        trajectories = stages.record_pipeline(
+            checkpoint, work, recording, note=note, report=report, is_forced=force
+        )
     stages.bake_into(bundle, trajectories, recording.budgets)
     stages.plan(bundle, backend=backend, threads=threads)
     report_schedules(bundle, as_json=as_json)
@@ -151,14 +144,10 @@ def export(
     as_json: bool,
 ) -> None:
     """Export a checkpoint's graphs into a new bundle and compare them with diffusers."""
-    from meancache_trt import build as stages  # noqa: PLC0415
-
     hush_libraries()
     checkpoint = stages.find_model(model)
-    height, width = stages.picture_size(checkpoint, height, width)
     exporting = stages.ExportOptions(
-        height=height,
-        width=width,
+        size=stages.picture_size(checkpoint, height, width),
         text_tokens=text_tokens,
         weights=weights,
         is_parity_checked=not skip_parity,
@@ -197,15 +186,11 @@ def calibrate(
     Can be interrupted and resumed. With --budget, schedules are written to OUTPUT/bN.json;
     `bake --calibration OUTPUT` makes more later without running the network.
     """
-    from meancache_trt import build as stages  # noqa: PLC0415
-
     hush_libraries()
     checkpoint = stages.find_model(model)
-    height, width = stages.picture_size(checkpoint, height, width)
     recording = stages.RecordOptions(
-        height=height,
-        width=width,
-        prompts=_read(file) or stages.default_prompts(checkpoint),
+        size=stages.picture_size(checkpoint, height, width),
+        prompts=_prompts_of(checkpoint, file),
         steps=steps,
         samples=samples,
         guidance_scale=guidance_scale,
@@ -240,8 +225,6 @@ def calibrate(
 @options.as_json
 def plan(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
     """Prepare a bundle's graphs for a backend and measure one evaluation."""
-    from meancache_trt import build as stages  # noqa: PLC0415
-
     record = stages.plan(Bundle.open(bundle), backend=backend, threads=threads)
     if as_json:
         print_json(record)
@@ -267,5 +250,5 @@ def report_schedules(bundle: Bundle, *, as_json: bool) -> None:
     note(f"built {bundle.directory}")
 
 
-def _read(file: Path | None) -> tuple[str, ...]:
-    return tuple(read_prompts(file)) if file is not None else ()
+def _prompts_of(checkpoint: Checkpoint, file: Path | None) -> tuple[str, ...]:
+    return stages.default_prompts(checkpoint) if file is None else tuple(read_prompts(file))
