@@ -43,10 +43,11 @@ class StepSink(Protocol):
 class RecordingScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     """The stock flow-matching Euler scheduler, which also reports each step to a sink.
 
-    The latents are the stock scheduler's, bit for bit.
+    The latents are the stock scheduler's, bit for bit. A configuration holds no sink: after
+    `from_pretrained`, use `around` to record.
     """
 
-    _sink: StepSink
+    _sink: StepSink | None = None
     _grid: SigmaGrid
 
     @classmethod
@@ -103,13 +104,14 @@ class RecordingScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         if self.step_index is None:
             self._init_step_index(timestep)
         step: int = self.step_index
-        if step == 0:
+        if self._sink and step == 0:
             self._sink.begin(self._grid, sample)
-        self._sink.add(step, self._grid.sigmas[step], model_output)
+        if self._sink:
+            self._sink.add(step, self._grid.sigmas[step], model_output)
         moved = super().step(
             model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator
         )
-        if step + 1 == self._grid.steps:
+        if self._sink and step + 1 == self._grid.steps:
             self._sink.end(moved.prev_sample)
         return moved if return_dict else (moved.prev_sample,)
 

@@ -101,6 +101,18 @@ def test_latents_bit_equal_the_stock_schedulers(pipeline: Any, dtype: torch.dtyp
     assert np.array_equal(final, expected.float().numpy())
 
 
+def test_a_saved_scheduler_loads_and_steps_as_the_stock_one(tmp_path: Path) -> None:
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    RecordingScheduler.from_config(stock.config).save_pretrained(tmp_path)
+    loaded = RecordingScheduler.from_pretrained(tmp_path)
+    latent, velocity = torch.ones(1, 4), torch.full((1, 4), 0.3)
+    moved = []
+    for scheduler in (stock, loaded):
+        scheduler.set_timesteps(STEPS)
+        moved.append(scheduler.step(velocity, scheduler.timesteps[0], latent).prev_sample)
+    assert torch.equal(*moved)
+
+
 def test_recorded_velocities_are_those_after_guidance(pipeline: Any) -> None:
     velocities, initial, _ = sample(pipeline)
     inputs = embeddings(PROMPT.text)
