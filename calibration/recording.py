@@ -176,6 +176,7 @@ class PipelineSampler:
         family: str | None = None,
         model: ModelReference | None = None,
         precision: str = "float32",
+        text_tokens: int | None = None,
     ) -> Settings:
         """The settings of recordings with this sampler.
 
@@ -193,6 +194,7 @@ class PipelineSampler:
             family=family,
             model=model,
             precision=precision,
+            text_tokens=text_tokens,
         )
 
     def _run(self, prompt: Prompt, sink: StepSink) -> None:

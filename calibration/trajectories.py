@@ -6,7 +6,6 @@ for each. Recording can be interrupted at any time and resumed; samples are read
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from meancache_trt.errors import CalibrationError, InputError
-from meancache_trt.meancache.files import decode_json, encode_json, write_json, write_tensors
+from meancache_trt.errors import CalibrationError
+from meancache_trt.meancache.files import (
+    decode_json,
+    encode_json,
+    made_directory,
+    write_json,
+    write_tensors,
+)
 from meancache_trt.meancache.schedule import ModelReference
 from meancache_trt.meancache.sigmas import SigmaGrid
 
@@ -54,13 +59,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     family: str | None = None
     model: ModelReference | None = None
     precision: str = "float32"
+    text_tokens: int | None = None
 
     def difference(self, other: Settings) -> str | None:
         """Say in words how `other` differs, or None where they are the same."""
         gap = self.grid.difference(other.grid)
         if gap is not None:
             return gap
-        for name in ("guidance_scale", "family", "model", "precision"):
+        for name in ("guidance_scale", "family", "model", "precision", "text_tokens"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name.replace('_', ' ')} {mine} against {theirs}"
@@ -192,7 +198,7 @@ def record(
             finite, or the latent was moved by more than its velocities.
         InputError: where the directory cannot be written.
     """
-    with _empty_directory_withdrawn(directory):
+    with made_directory(directory):
         known = _resume(directory, settings)
         for done, prompt in enumerate(prompts):
             if report:
@@ -206,22 +212,8 @@ def record(
     return Trajectories(directory, settings, tuple(known[prompt] for prompt in prompts))
 
 
-@contextlib.contextmanager
-def _empty_directory_withdrawn(directory: Path) -> Iterator[None]:
-    """On failure remove a directory that was made here, unless something was recorded in it."""
-    is_new = not directory.exists()
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
-        raise
-
-
 def _resume(directory: Path, settings: Settings) -> dict[Prompt, Sample]:
     if not (directory / MANIFEST).exists():
-        _make_directory(directory)
         return {}
     manifest = _read_manifest(directory)
     difference = manifest.settings.difference(settings)
@@ -232,15 +224,6 @@ def _resume(directory: Path, settings: Settings) -> dict[Prompt, Sample]:
         )
     complete = (s for s in manifest.samples if _is_readable(directory / s.file))
     return {sample.prompt: sample for sample in complete}
-
-
-def _make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot make the directory {directory}: {error.strerror}; check the path"
-        ) from error
 
 
 def _read_manifest(directory: Path) -> Manifest:

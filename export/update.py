@@ -9,8 +9,9 @@ from meancache_trt.errors import ExportError
 from meancache_trt.export.family import Signature
 from meancache_trt.manifest import GuidanceRule, TensorRecord
 
-HISTORIES = (1, 2, 4, 8, 16)
-"""Sizes H of which a graph is made: Euler needs 1, published schedules 2 to 10."""
+HISTORIES = (1, 2, 4, 8, 16, 32, 64)
+"""Sizes H of which a graph is made. Euler needs 1, published schedules 2 to 10, and the official
+recursion over chains of short spans up to the number of nodes."""
 
 _IR_VERSION = 10  # what goes with opset 20 (ONNX 1.15 to 1.16 wrote it); readable by ORT >= 1.18
 

@@ -73,6 +73,29 @@ def write_tensors(
 
 
 @contextlib.contextmanager
+def made_directory(directory: Path) -> Iterator[None]:
+    """Make a directory and its parents; on failure those made here go again, if they are empty.
+
+    Raises `InputError` where it cannot be made.
+    """
+    ancestors = [directory, *directory.parents]
+    made = [path for path in ancestors if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot create {directory}: {error.strerror}; give a directory that is writable"
+        ) from error
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it on success and vanishes on failure.
 

@@ -119,10 +119,11 @@ def check_spans(spans: Sequence[int] | None, nodes: Sequence[int]) -> tuple[int,
             step 0 (node k has k + 1 steps of history, itself included).
     """
     edges = len(nodes) - 1
-    if spans is None:
+    if spans is None and edges:
         raise ScheduleError(
             f"this method needs {edges} spans, one for each edge between nodes; give --spans"
         )
+    spans = spans or ()
     if len(spans) != edges:
         raise ScheduleError(
             f"{len(nodes)} nodes have {edges} edges between them and need {edges} spans, found "

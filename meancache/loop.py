@@ -99,8 +99,8 @@ class DenoisingLoop:
         if not np.isfinite(latent).all():
             raise RenderError(
                 "the latent is not finite after the last evaluation, so no picture was made; the "
-                "network overflowed at this precision or its weights are damaged. Rebuild with "
-                "--precision float32, and check the bundle with `meancache-trt inspect --verify`"
+                "network overflowed or its weights are damaged. Check the bundle with "
+                "`meancache-trt inspect --verify`, and the prompt and guidance scale"
             )
         return latent
 

@@ -30,6 +30,7 @@ class _Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `multiple` is the side of the square that becomes one token.
     """
 
+    family: str
     steps: int
     convention: Convention
     sigma_min: float | None
@@ -80,7 +81,8 @@ def preset(name: str, *, height: int | None = None, width: int | None = None) ->
         ),
         edges.nodes,
         edges.spans,
-        name=name,
+        name=f"{model_name.rpartition('/')[2]}-b{len(edges.nodes)}",
+        family=model.family,
         model=ModelReference(name=model_name),
     )
 

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from meancache_trt.errors import ScheduleError
+from meancache_trt.errors import InputError, ScheduleError
 from meancache_trt.meancache.files import decode_json, read_bytes, write_json
 from meancache_trt.meancache.folding import Rows, check_nodes
 from meancache_trt.meancache.methods import METHODS, get_method
@@ -79,6 +79,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         check_nodes(self.nodes, self.grid.steps)
+        check_guidance_scale(self.guidance_scale)
         _check_weights(self.weights, len(self.nodes), self.history)
         if self.is_analytic:
             self._check_fold()
@@ -228,6 +229,12 @@ def _check_version(text: bytes) -> None:
             f"expected a schedule file with schema {VERSION!r}, found {found!r}; bake it again with"
             " this version of meancache-trt"
         )
+
+
+def check_guidance_scale(scale: float | None) -> None:
+    """Raise `InputError` for a scale that is not a number from 0 to 1000."""
+    if scale is not None and not 0 <= scale <= 1000:
+        raise InputError(f"a guidance scale is 0 to 1000, found {scale}; 1 means no guidance")
 
 
 def _check_weights(weights: Rows, budget: int, history: int) -> None:

@@ -159,9 +159,8 @@ def test_a_full_disk_while_adding_a_schedule_leaves_the_bundle_as_it_was(bundle)
     )
     assert done.returncode == 3, done.stderr
     assert "File too large" in done.stdout
-    assert not (bundle / "schedules" / "big.json").exists()
-    assert not [path for path in (bundle / "schedules").iterdir() if path.name.startswith(".")]
-    Bundle.open(bundle)
+    assert not list((bundle / "schedules").glob("*big*"))
+    assert "big" not in Bundle.open(bundle).schedule_names()
 
 
 def limited_add() -> None:
@@ -176,6 +175,52 @@ def limited_add() -> None:
     except InputError as error:
         print(error)
         sys.exit(3)
+
+
+def test_a_failed_manifest_leaves_the_bundle_as_it_was(bundle, monkeypatch):
+    opened = Bundle.open(bundle)
+    before = sorted(path.name for path in (bundle / "schedules").iterdir())
+
+    def fail(*_: object) -> None:
+        raise InputError("no space")
+
+    monkeypatch.setattr("meancache_trt.bundle.write_json", fail)
+    with pytest.raises(InputError, match="no space"):
+        opened.add_schedule(small_schedule("b10"))
+    assert sorted(path.name for path in (bundle / "schedules").iterdir()) == before
+    assert Bundle.open(bundle).schedule("b10").budget == 10
+
+
+def test_a_replaced_schedule_leaves_one_file(bundle):
+    Bundle.open(bundle).add_schedule(small_schedule("b10"))
+    assert len(list((bundle / "schedules").glob("b10.*"))) == 1
+    assert Bundle.open(bundle).schedule("b10").budget == 2
+
+
+def test_a_failed_replacement_puts_the_old_bundle_back(bundle, monkeypatch):
+    bundle_id = Bundle.open(bundle).manifest.bundle_id
+    exported = Bundle.open(bundle).export
+    rename = Path.rename
+
+    def fail_into_place(self: Path, target: Path) -> Path:
+        if ".building-" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_into_place)
+    with pytest.raises(InputError, match="cannot write"):
+        create_bundle(bundle, lambda _: exported, {})
+    assert Bundle.open(bundle).manifest.bundle_id == bundle_id
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+
+
+def test_parents_made_for_a_failed_bundle_go_again(tmp_path):
+    def fail(_: Path) -> object:
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        create_bundle(tmp_path / "a" / "b" / "c.mcb", fail, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_moved_bundle_still_opens(bundle):

@@ -85,6 +85,34 @@ def test_bake_refuses_malformed_schedules_with_one_message(run, arguments, messa
     assert re.search(message, only_error(result))
 
 
+def test_bake_needs_no_spans_where_there_is_no_edge(run):
+    status, out, _ = run("bake", "--method", "official", "--nodes", 0, "--steps", 5, "--json")
+    assert status == 0
+    assert json.loads(out)["weights"] == [[-1.0]]
+
+
+def test_a_preset_of_another_family_is_refused_by_a_bundle(run, bundle, tmp_path):
+    assert run("bake", "--preset", "Qwen/Qwen-Image:10", "--bundle", bundle)[0] == 0
+    result = run(
+        "render", bundle, "--prompt", "a", "-o", tmp_path / "out", "--schedule", "Qwen-Image-b10"
+    )
+    assert "for the family 'qwen_image', this bundle is 'flux'" in only_error(result)
+
+
+def test_long_histories_render(run, bundle, tmp_path):
+    nodes = ",".join(map(str, range(0, 50, 2)))
+    spans = ",".join(["1", *["3"] * 23])
+    added = run(
+        "bake", "--method", "official", "--nodes", nodes, "--spans", spans, "--steps", 50,
+        "--shift", 3, "--bundle", bundle, "--name", "long",
+    )  # fmt: skip
+    assert added[0] == 0
+    common = ("--prompt", PROMPT, "-o", tmp_path / "out", "--schedule", "long", "--json")
+    status, out, err = run("render", bundle, *common)
+    assert status == 0, err
+    assert json.loads(out)["images"][0]["schedule"] == "long"
+
+
 def test_bake_writes_a_file_that_inspect_reads(run, tmp_path):
     run(*OFFICIAL_10, "-o", tmp_path / "b10.json")
     status, out, _ = run("inspect", tmp_path / "b10.json")
@@ -106,6 +134,9 @@ def test_bake_adds_to_a_bundle(run, bundle):
         ["bake"],
         ["bake", "--nodes", "0,x"],
         ["bake", "--nodes", "0", "--preset", "Qwen/Qwen-Image:10"],
+        ["bake", "--preset", "Qwen/Qwen-Image:10", "--steps", "30"],
+        ["bake", "--calibration", "x", "--budget", "6", "--guidance-scale", "9"],
+        ["bake", "--nodes", "0", "--budget", "6"],
         ["render"],
         ["nonsense"],
     ],
@@ -191,7 +222,7 @@ def test_plan_records_what_it_measured(run, bundle):
     assert record["runtime"] == "onnxruntime-cpu"
     assert record["evaluation_ms"] > 0
     listed = json.loads(run("inspect", bundle, "--json")[1])
-    assert listed["plans"] == ["plans/onnxruntime-cpu.json"]
+    assert listed["plans"] == ["onnxruntime-cpu"]
 
 
 def test_inspect_tells_what_a_bundle_holds(run, shared_bundle):

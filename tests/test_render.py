@@ -147,6 +147,16 @@ def test_a_budget_that_is_not_there_lists_those_that_are(pipeline):
         pipeline.schedule(11, 3.5)
 
 
+def test_a_budget_prefers_the_calibrated_schedule_and_is_never_a_guess(bundle):
+    with Pipeline(Bundle.open(bundle)) as own:
+        own.bundle.add_schedule(bake("ab2", own.grid(STEPS), [0, 9, 30], name="a"))
+        own.bundle.add_schedule(bake("euler", own.grid(STEPS), [0, 9, 30], name="b"))
+        with pytest.raises(BundleError, match="several schedules of 3 evaluations: a, b"):
+            own.schedule(3)
+        own.bundle.add_schedule(msgspec.structs.replace(calibrated(own), name="c"))
+        assert own.schedule(3).name == "c"
+
+
 def test_a_schedule_file_is_accepted(pipeline, tmp_path):
     save_schedule(calibrated(pipeline), tmp_path / "mine.json")
     assert pipeline.schedule(tmp_path / "mine.json", 3.5).budget == 3

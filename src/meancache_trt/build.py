@@ -23,7 +23,7 @@ from meancache_trt.export.pipeline import export_components, identify
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Exported
 from meancache_trt.meancache.files import encode_json
-from meancache_trt.meancache.schedule import ModelReference, Schedule, bake
+from meancache_trt.meancache.schedule import ModelReference, Schedule, bake, check_guidance_scale
 from meancache_trt.render import Pipeline
 
 STANDIN = "standin/"
@@ -64,6 +64,7 @@ class RecordOptions:
     steps: int = 50
     samples: int = 16
     guidance_scale: float | None = None
+    text_tokens: int | None = None
     budgets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ class RecordOptions:
                 f"calibration records at least one sample of one step, found {self.samples} of "
                 f"{self.steps}; give --samples and --steps of 1 or more"
             )
+        check_guidance_scale(self.guidance_scale)
         check_budgets(self.budgets, self.steps)
 
 
@@ -143,6 +145,10 @@ def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) 
         return f"{size.width}x{size.height} against {options.size[1]}x{options.size[0]}"
     if options.text_tokens not in (None, there.text_tokens):
         return f"{there.text_tokens} text tokens against {options.text_tokens}"
+    if options.weights == "copy" and any(file.is_linked for file in there.weight_files()):
+        return "linked weights against copied ones"
+    if options.is_parity_checked and not there.parity:
+        return "graphs that were not compared with diffusers"
     model = identify(checkpoint)
     if model.digest != there.model.digest:
         return (
@@ -176,17 +182,14 @@ def record_pipeline(
     family = detect(checkpoint.path)
     configs = checkpoint.configs(("transformer", "vae", "scheduler", *family.text_components))
     scale = options.guidance_scale
+    text_tokens = options.text_tokens or family.default_text_tokens(configs)
     call = PipelineCall(
         steps=options.steps,
         height=options.size[0],
         width=options.size[1],
         guidance_scale=family.guidance(configs).default_scale if scale is None else scale,
         guidance_argument=family.guidance_argument,
-        options=(
-            {family.text_tokens_argument: family.default_text_tokens(configs)}
-            if family.text_tokens_argument
-            else {}
-        ),
+        options=({family.text_tokens_argument: text_tokens} if family.text_tokens_argument else {}),
     )
     prompts = [
         Prompt(options.prompts[index % len(options.prompts)], seed=index)
@@ -201,6 +204,7 @@ def record_pipeline(
         prompts[0],
         family=family.name,
         model=ModelReference(name=model.name, digest=model.digest),
+        text_tokens=text_tokens,
     )
     return record(directory, settings, sampler, prompts, report)
 
@@ -256,7 +260,7 @@ def plan(bundle: Bundle, *, backend: str, threads: int) -> PlanRecord:
             load_ms=load_ms,
             evaluation_ms=1e3 * (time.perf_counter() - start) / schedule.budget,
         )
-    bundle.add_file(f"plans/{record.runtime}.json", encode_json(record))
+    bundle.add_file(f"plans/{record.runtime}", encode_json(record))
     return record
 
 

@@ -1,7 +1,7 @@
 """The bundle: a directory that holds everything a host needs to render.
 
     manifest.json            what is here, and the SHA-256 of every file
-    schedules/NAME.json      any number of baked schedules
+    schedules/NAME.*.json    any number of baked schedules
     transformer/ vae_decoder/ update/ prepare.onnx     graphs, beside the weights they point into
     plans/                   what a backend prepared, and for what
     pipeline/                tokenizers and text encoders in diffusers' layout
@@ -18,7 +18,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
 import msgspec
@@ -26,7 +26,13 @@ from filelock import FileLock
 
 from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.manifest import Component, Exported
-from meancache_trt.meancache.files import atomic_write, decode_json, encode_json, write_json
+from meancache_trt.meancache.files import (
+    atomic_write,
+    decode_json,
+    encode_json,
+    made_directory,
+    write_json,
+)
 from meancache_trt.meancache.hashing import digest_of, sha256_of, verified_sha256
 from meancache_trt.meancache.schedule import Schedule, load_schedule
 
@@ -41,15 +47,26 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
+class Addition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A schedule or plan: its file, named after its contents, with size and SHA-256."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`manifest.json`. `digest` is the SHA-256 of the rest of it, as this module writes it."""
+    """`manifest.json`. `digest` is the SHA-256 of the rest of it, as this module writes it.
+
+    `files` are by path, `additions` by name, such as "schedules/b10".
+    """
 
     schema: Version = "meancache-trt/bundle/1"
     bundle_id: str
     tools: dict[str, str]
     export: Exported
     files: dict[str, FileRecord]
-    additions: dict[str, FileRecord] = {}
+    additions: dict[str, Addition] = {}
     digest: str = ""
 
     def sealed(self) -> Manifest:
@@ -77,8 +94,10 @@ class Bundle:
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)
-        for path, record in {**manifest.files, **manifest.additions}.items():
-            _check_file(directory, path, record, is_full_check=is_full_check)
+        for path, record in manifest.files.items():
+            _check_file(directory / path, record, is_full_check=is_full_check)
+        for addition in manifest.additions.values():
+            _check_file(directory / addition.path, addition, is_full_check=is_full_check)
         return cls(directory, manifest)
 
     @property
@@ -90,44 +109,60 @@ class Bundle:
         """Where a component's graph is."""
         return self.directory / component.path
 
+    def names(self, kind: str) -> list[str]:
+        """Names of the additions of a kind, "schedules" or "plans"."""
+        paths = [PurePosixPath(name) for name in self.manifest.additions]
+        return [path.name for path in paths if path.parent.name == kind]
+
     def schedule_names(self) -> list[str]:
         """Names of the schedules in the bundle, most evaluations first."""
-        names = [
-            Path(path).stem for path in self.manifest.additions if path.startswith("schedules/")
-        ]
+        names = self.names("schedules")
         return sorted(names, key=lambda name: (-self.schedule(name).budget, name))
 
     def schedule(self, name: str) -> Schedule:
         """Load a schedule by name. Raises `BundleError` that lists the names there are."""
-        path = f"schedules/{name}.json"
-        if path not in self.manifest.additions:
+        addition = self.manifest.additions.get(f"schedules/{name}")
+        if addition is None:
             known = ", ".join(self.schedule_names()) or "none yet"
             raise BundleError(
                 f"{self.directory} has no schedule {name!r}; expected one of {known}, or the "
                 "path of a schedule file. Make one with `meancache-trt bake`"
             )
-        return load_schedule(self.directory / path)
+        return load_schedule(self.directory / addition.path)
 
     def add_schedule(self, schedule: Schedule) -> Path:
         """Add a schedule under its name, replacing one of that name; returns its path."""
         name = schedule.name
         if not name or Path(name).name != name or name.startswith("."):
             raise ScheduleError(f"a schedule's name is a plain file name, found {name!r}")
-        return self.add_file(f"schedules/{name}.json", encode_json(schedule))
+        return self.add_file(f"schedules/{name}", encode_json(schedule))
 
-    def add_file(self, path: str, content: bytes) -> Path:
-        """Write a file atomically and record it in the manifest, under the bundle's lock."""
-        target = self.directory / path
-        with self._locked(path):
+    def add_file(self, name: str, content: bytes) -> Path:
+        """Add a JSON file under a name such as "plans/cpu", replacing what had that name.
+
+        The file is named after its contents and the manifest switches to it at once, so that the
+        bundle is whole at every moment, also for those who are reading it.
+        """
+        digest = digest_of(content)
+        addition = Addition(f"{name}.{digest[:8]}.json", len(content), digest)
+        target = self.directory / addition.path
+        with self._locked(name):
+            is_new = not target.exists()
             with atomic_write(target) as temporary:
                 temporary.write_bytes(content)
             manifest = _read_manifest(self.directory)
-            record = FileRecord(len(content), digest_of(content))
-            additions = {**manifest.additions, path: record}
-            self.manifest = msgspec.structs.replace(
-                manifest, additions=dict(sorted(additions.items()))
-            ).sealed()
-            write_json(self.directory / MANIFEST, self.manifest)
+            additions = {**manifest.additions, name: addition}
+            changed = msgspec.structs.replace(manifest, additions=dict(sorted(additions.items())))
+            try:
+                write_json(self.directory / MANIFEST, changed.sealed())
+            except InputError:
+                if is_new:
+                    target.unlink()
+                raise
+            self.manifest = changed.sealed()
+            before = manifest.additions.get(name)
+            if before is not None and before.path != addition.path:
+                (self.directory / before.path).unlink(missing_ok=True)
         return target
 
     @contextlib.contextmanager
@@ -163,28 +198,31 @@ def create_bundle(
         raise InputError(
             f"{directory} exists and is no bundle; nothing was changed. Give another output path"
         )
+    with made_directory(directory.parent):
+        building = _temporary_beside(directory)
+        try:
+            exported = export(building)
+            _write_manifest(building, exported, tools)
+            building.chmod(0o755)
+            _replace(building, directory)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {directory}: {error.strerror}; nothing was left behind. Free some "
+                "space or give another output path"
+            ) from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return Bundle.open(directory)
+
+
+def _temporary_beside(directory: Path) -> Path:
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(
-            tempfile.mkdtemp(prefix=f".{directory.name}.building-", dir=directory.parent)
-        )
+        prefix = f".{directory.name}.building-"
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
     except OSError as error:
         raise InputError(
             f"cannot create {directory}: {error.strerror}; give an output path that is writable"
         ) from error
-    try:
-        exported = export(building)
-        _write_manifest(building, exported, tools)
-        building.chmod(0o755)
-        _replace(building, directory)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {directory}: {error.strerror}; nothing was left behind. Free some space "
-            "or give another output path"
-        ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return Bundle.open(directory)
 
 
 def _write_manifest(building: Path, exported: Exported, tools: dict[str, str]) -> None:
@@ -207,7 +245,12 @@ def _replace(building: Path, directory: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
     directory.rename(old / directory.name)
-    building.rename(directory)
+    try:
+        building.rename(directory)
+    except OSError:
+        (old / directory.name).rename(directory)
+        old.rmdir()
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -236,8 +279,7 @@ def _read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _check_file(directory: Path, name: str, record: FileRecord, *, is_full_check: bool) -> None:
-    path = directory / name
+def _check_file(path: Path, record: FileRecord | Addition, *, is_full_check: bool) -> None:
     try:
         size = path.stat().st_size
         if size != record.size_bytes:

@@ -3,7 +3,6 @@
     MeanCacheError
     ├── ScheduleError          a schedule that is malformed, or does not fit what it is used for
     ├── BundleError            a bundle that is missing, damaged, or lacks what was asked for
-    │   └── PlanMismatchError  an engine file built for something else
     ├── ExportError            a checkpoint that cannot be exported, or fails the export's checks
     ├── CalibrationError       trajectories that are missing, inconsistent or not finite
     ├── RuntimeUnavailableError  a backend that is not installed, or has no device here
@@ -27,10 +26,6 @@ class ScheduleError(MeanCacheError):
 
 class BundleError(MeanCacheError):
     """A bundle that is missing, damaged, or lacks what was asked for."""
-
-
-class PlanMismatchError(BundleError):
-    """An engine file built for another graph, GPU, library version or set of options."""
 
 
 class ExportError(MeanCacheError):

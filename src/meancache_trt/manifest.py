@@ -118,7 +118,7 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that a host needs to know of an export.
 
     `components` has "transformer", "prepare", "vae_decoder" and "update/h1" to
-    "update/h16"; paths in it are relative to the bundle. `timestep_scale` is applied in float64
+    "update/h64"; paths in it are relative to the bundle. `timestep_scale` is applied in float64
     and the product rounded to float32. `grid` says what the pipeline hands its scheduler:
     "linspace" sigmas linspace(1, 1/T, T), or "count" T alone. `encoder_weights` are the text
     encoders' files under pipeline/.

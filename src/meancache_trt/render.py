@@ -25,7 +25,7 @@ from meancache_trt.export.text import PromptEncoder
 from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.files import atomic_write, write_tensors
 from meancache_trt.meancache.noise import philox_normal, torch_normal
-from meancache_trt.meancache.schedule import Schedule, load_schedule
+from meancache_trt.meancache.schedule import Schedule, check_guidance_scale, load_schedule
 from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
 from meancache_trt.session import Graphs, Session
 
@@ -182,6 +182,11 @@ class Pipeline:
         """
         found = schedule if isinstance(schedule, Schedule) else self._find(schedule)
         export = self.bundle.export
+        if found.family not in (None, export.family):
+            raise ScheduleError(
+                f"schedule {found.name!r} is for the family {found.family!r}, this bundle is "
+                f"{export.family!r}; bake one for it"
+            )
         if found.model is not None and found.model.digest not in (None, export.model.digest):
             raise ScheduleError(
                 f"schedule {found.name!r} was calibrated on {found.model.name!r} (digest "
@@ -218,8 +223,7 @@ class Pipeline:
             raise InputError(
                 f"this model takes no guidance scale, found {guidance_scale}; leave it out"
             )
-        if guidance_scale is not None and not 0 <= guidance_scale < 1000:
-            raise InputError(f"a guidance scale is 0 to 1000, found {guidance_scale}")
+        check_guidance_scale(guidance_scale)
         return guidance.default_scale if guidance_scale is None else guidance_scale
 
     def render(
@@ -290,16 +294,26 @@ class Pipeline:
                 )
             return (calibrated or schedules)[0]
         if isinstance(schedule, int) or (isinstance(schedule, str) and schedule.isdecimal()):
-            for found in schedules:
-                if found.budget == int(schedule):
-                    return found
-            raise BundleError(
-                f"{self.bundle.directory} has no schedule of {schedule} evaluations; it has "
-                f"{[found.budget for found in schedules]}. Add one with `meancache-trt bake`"
-            )
+            return self._of_budget(int(schedule), schedules)
         if Path(schedule).suffix == ".json":
             return load_schedule(schedule)
         return self.bundle.schedule(str(schedule))
+
+    def _of_budget(self, budget: int, schedules: Sequence[Schedule]) -> Schedule:
+        """The only calibrated schedule of that budget, or the only one."""
+        fitting = [found for found in schedules if found.budget == budget]
+        fitting = [found for found in fitting if found.calibration is not None] or fitting
+        if not fitting:
+            raise BundleError(
+                f"{self.bundle.directory} has no schedule of {budget} evaluations; it has "
+                f"{[found.budget for found in schedules]}. Add one with `meancache-trt bake`"
+            )
+        if len(fitting) > 1:
+            raise BundleError(
+                f"{self.bundle.directory} has several schedules of {budget} evaluations: "
+                f"{', '.join(found.name for found in fitting)}; ask for one by name"
+            )
+        return fitting[0]
 
 
 def load(

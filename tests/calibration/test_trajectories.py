@@ -168,7 +168,7 @@ def test_a_directory_that_cannot_be_made_is_an_error(
     tmp_path: Path, settings: Settings, sampler: Any
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(InputError, match="cannot make the directory"):
+    with pytest.raises(InputError, match="cannot create"):
         record(tmp_path / "file" / "deeper", settings, sampler, [])
 
 

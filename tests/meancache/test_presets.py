@@ -34,7 +34,7 @@ def test_all_published_schedules_are_named() -> None:
 @pytest.mark.parametrize("name", HISTORIES)
 def test_preset_is_a_schedule_of_its_budget_and_history(name: str) -> None:
     schedule = preset(name)
-    assert schedule.name == name
+    assert schedule.name == name.rpartition("/")[2].replace(":", "-b")
     assert schedule.method == "official"
     assert schedule.grid.steps == 50
     assert schedule.budget == int(name.rpartition(":")[2])

@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MeanCacheError as error:
         _fail(str(error), 1)
     except ModuleNotFoundError as error:
-        _fail(f"this command needs {error.name}: pip install 'meancache-trt[cpu,export]'", 1)
+        package = (error.name or "a package").partition(".")[0]
+        _fail(f"this command needs {package}: pip install 'meancache-trt[cpu,export]'", 1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

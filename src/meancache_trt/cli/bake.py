@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.baking import BakeOptions, bake_schedules
@@ -67,8 +68,7 @@ def bake(
     A published one:    bake --preset Qwen/Qwen-Image:10
     From a calibration: bake --calibration DIR --budget 10 --bundle flux.mcb
     """
-    if sum((preset is not None, calibration is not None, nodes is not None)) != 1:
-        raise click.UsageError("give --nodes, --preset or --calibration, and only one of them")
+    _refuse_what_does_not_apply(preset is not None, calibration is not None, nodes is not None)
     if preset is not None:
         schedule = load_preset(preset, height=height, width=width)
     elif calibration is not None:
@@ -85,6 +85,29 @@ def bake(
         schedule = msgspec.structs.replace(schedule, name=name)
     _deliver(schedule, output, bundle)
     _print(schedule, as_json=as_json)
+
+
+_SOURCES = ("--preset", "--calibration", "--nodes")
+_APPLIES = {
+    "--preset": ("height", "width"),
+    "--calibration": ("budget", "method"),
+    "--nodes": (
+        *("method", "spans", "steps", "shift", "mu", "shift_terminal"),
+        *("height", "width", "guidance_scale"),
+    ),
+}
+"""What each way of baking takes besides what all take."""
+
+
+def _refuse_what_does_not_apply(*is_given: bool) -> None:
+    if sum(is_given) != 1:
+        raise click.UsageError("give --nodes, --preset or --calibration, and only one of them")
+    source = next(name for name, given in zip(_SOURCES, is_given, strict=True) if given)
+    context = click.get_current_context()
+    for option in {name for names in _APPLIES.values() for name in names} - {*_APPLIES[source]}:
+        if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            name = option.replace("_", "-")
+            raise click.UsageError(f"--{name} does not apply to {source}; leave it out")
 
 
 def _from_calibration(directory: Path, budget: int | None, method: str | None) -> Schedule:

@@ -106,6 +106,7 @@ def build(
         steps=steps,
         samples=samples,
         guidance_scale=guidance_scale,
+        text_tokens=text_tokens,
         budgets=budgets or stages.DEFAULT_BUDGETS,
     )
     exporting = stages.ExportOptions(
@@ -163,6 +164,7 @@ def export(
 )
 @options.height
 @options.width
+@_text_tokens
 @options.steps
 @options.guidance_scale
 @_samples
@@ -174,6 +176,7 @@ def calibrate(
     output: Path,
     height: int | None,
     width: int | None,
+    text_tokens: int | None,
     steps: int,
     guidance_scale: float | None,
     samples: int,
@@ -194,6 +197,7 @@ def calibrate(
         steps=steps,
         samples=samples,
         guidance_scale=guidance_scale,
+        text_tokens=text_tokens,
         budgets=budgets,
     )
     with progress("calibrate") as report:

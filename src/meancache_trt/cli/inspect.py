@@ -87,7 +87,7 @@ def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
     """Print what a bundle holds."""
     export = bundle.export
     schedules = [bundle.schedule(name) for name in bundle.schedule_names()]
-    plans = [path for path in bundle.manifest.additions if path.startswith("plans/")]
+    plans = bundle.names("plans")
     if as_json:
         facts = {
             "bundle_id": bundle.manifest.bundle_id,
@@ -124,7 +124,7 @@ def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
     click.echo()
     print_schedules(schedules)
     for path in plans:
-        click.echo(path)
+        click.echo(f"plan {path}")
 
 
 def print_schedules(schedules: Sequence[Schedule]) -> None:

@@ -19,17 +19,21 @@ from meancache_trt.meancache.schedule import Schedule
 Report = Callable[[int, int], None]
 """(done, total)."""
 
+_PLAIN_WIDTH = 400
+"""Columns where standard output is no terminal: nothing is folded in a file or a pipe."""
+
 _PLAIN_LINE_S = 10.0
 """Seconds between progress lines where standard error is no terminal."""
 
 
 def hush_libraries() -> None:
     """Turn off the progress bars that diffusers and transformers show while they load."""
-    import diffusers.utils.logging  # noqa: PLC0415  (heavy; only where it is used anyway)
-    import transformers.utils.logging  # noqa: PLC0415
+    with contextlib.suppress(ImportError):  # who needs them says so better
+        import diffusers.utils.logging  # noqa: PLC0415  (heavy; only where it is used anyway)
+        import transformers.utils.logging  # noqa: PLC0415
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def note(message: str) -> None:
@@ -46,10 +50,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
     """Print a table whose first column is text and whose other columns are numbers."""
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(highlight=False, width=None).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
+    console.print(table)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import click
 from meancache_trt.cli import options
 from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
 from meancache_trt.errors import InputError
-from meancache_trt.meancache.files import read_bytes
+from meancache_trt.meancache.files import made_directory, read_bytes
 from meancache_trt.render import Conditioning, NoiseSource, Rendering, load
 
 
@@ -116,13 +116,6 @@ def output_directory(directory: Path) -> Iterator[Callable[[int, Rendering], Pat
     Where anything fails, the pictures written go again, and the directory if it was made here.
     Raises `InputError` where it cannot be made.
     """
-    is_new = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot create {directory}: {error.strerror}; give a directory that is writable"
-        ) from error
     written: list[Path] = []
 
     def save(index: int, rendering: Rendering) -> Path:
@@ -132,14 +125,13 @@ def output_directory(directory: Path) -> Iterator[Callable[[int, Rendering], Pat
         written.extend([] if is_replaced else [path])
         return path
 
-    try:
-        yield save
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        if is_new:
-            directory.rmdir()
-        raise
+    with made_directory(directory):
+        try:
+            yield save
+        except BaseException:
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def _prompts(
