@@ -13,6 +13,7 @@ from PIL import Image
 
 from meancache_trt import standins
 from meancache_trt.bundle import Bundle
+from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
 from meancache_trt.meancache.schedule import (
@@ -23,7 +24,7 @@ from meancache_trt.meancache.schedule import (
     save_schedule,
 )
 from meancache_trt.meancache.sigmas import make_grid
-from meancache_trt.render import Conditioning, Pipeline
+from meancache_trt.render import Pipeline
 from tests.conftest import STEPS
 
 PROMPT = "large plain red circle left gray"
@@ -184,6 +185,12 @@ def test_another_size_is_refused_with_the_one_there_is(pipeline):
 def test_a_number_of_seeds_that_does_not_fit_is_refused(pipeline):
     with pytest.raises(InputError, match="2 prompts need 2 seeds"):
         pipeline.render([PROMPT, OTHER], seed=[1, 2, 3])
+
+
+@pytest.mark.parametrize("negative", ["blurry", [""]])
+def test_a_negative_prompt_is_refused_where_it_would_have_no_effect(pipeline, negative):
+    with pytest.raises(InputError, match="no classifier-free guidance"):
+        pipeline.render([PROMPT], negative_prompt=negative)
 
 
 def test_a_cancelled_render_does_not_harm_the_next(pipeline):

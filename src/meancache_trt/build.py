@@ -19,6 +19,7 @@ from meancache_trt.calibration.baking import BakeOptions, bake_schedules
 from meancache_trt.calibration.trajectories import Prompt, Trajectories, record
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
+from meancache_trt.export.family import Configs, Family, default_frames
 from meancache_trt.export.pipeline import export_components, identify
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Exported
@@ -40,10 +41,14 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What is exported. `text_tokens` None means what the family's pipeline takes."""
+    """What is exported.
+
+    `frames` of a video and `text_tokens` None mean what the family's pipeline takes.
+    """
 
     height: int
     width: int
+    frames: int | None = None
     text_tokens: int | None = None
     weights: Literal["link", "copy"] = "link"
     is_parity_checked: bool = True
@@ -53,12 +58,13 @@ class ExportOptions:
 class RecordOptions:
     """What is recorded for calibration.
 
-    `guidance_scale` None means the model's default. Sample i has prompt i (they repeat where there
-    are fewer than `samples`) and seed i.
+    `guidance_scale` None means the model's default, and so do `frames` of a video. Sample i has
+    prompt i (they repeat where there are fewer than `samples`) and seed i.
     """
 
     height: int
     width: int
+    frames: int | None = None
     prompts: tuple[str, ...]
     steps: int = 50
     samples: int = 16
@@ -117,6 +123,7 @@ def export(
             directory,
             height=options.height,
             width=options.width,
+            frames=options.frames,
             text_tokens=options.text_tokens,
             weights=options.weights,
             check_parity=options.is_parity_checked,
@@ -131,6 +138,8 @@ def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) 
     size = there.resolution
     if (size.height, size.width) != (options.height, options.width):
         return f"{size.width}x{size.height} against {options.width}x{options.height}"
+    if options.frames not in (None, size.frames):
+        return f"{size.frames} frames against {options.frames}"
     if options.text_tokens not in (None, there.text_tokens):
         return f"{there.text_tokens} text tokens against {options.text_tokens}"
     model = identify(checkpoint)
@@ -163,13 +172,10 @@ def record_pipeline(
         steps=options.steps,
         height=options.height,
         width=options.width,
+        frames=default_frames(family, configs) if options.frames is None else options.frames,
         guidance_scale=family.guidance(configs).default_scale if scale is None else scale,
         guidance_argument=family.guidance_argument,
-        options=(
-            {family.text_tokens_argument: family.default_text_tokens(configs)}
-            if family.text_tokens_argument
-            else {}
-        ),
+        options=_call_options(family, configs),
     )
     prompts = [
         Prompt(options.prompts[index % len(options.prompts)], seed=index)
@@ -184,6 +190,16 @@ def record_pipeline(
         model=ModelReference(name=model.name, digest=model.digest),
     )
     return record(directory, settings, sampler, prompts, report)
+
+
+def _call_options(family: Family, configs: Configs) -> dict[str, str | int]:
+    """Further arguments, with which the diffusers pipeline does what a render does by default."""
+    options: dict[str, str | int] = {}
+    if family.text_tokens_argument:
+        options[family.text_tokens_argument] = family.default_text_tokens(configs)
+    if family.guidance(configs).is_classifier_free:
+        options["negative_prompt"] = ""  # given none, diffusers leaves guidance out
+    return options
 
 
 def bake_into(

@@ -58,6 +58,7 @@ _output = click.option(
 @_output
 @options.height
 @options.width
+@options.frames
 @_text_tokens
 @options.steps
 @options.guidance_scale
@@ -75,6 +76,7 @@ def build(
     output: Path,
     height: int | None,
     width: int | None,
+    frames: int | None,
     text_tokens: int | None,
     steps: int,
     guidance_scale: float | None,
@@ -105,6 +107,7 @@ def build(
         stages.ExportOptions(
             height=height,
             width=width,
+            frames=frames,
             text_tokens=text_tokens,
             weights=weights,
             is_parity_checked=not skip_parity,
@@ -115,6 +118,7 @@ def build(
     recording = stages.RecordOptions(
         height=height,
         width=width,
+        frames=frames,
         prompts=_read(file) or stages.default_prompts(checkpoint),
         steps=steps,
         samples=samples,
@@ -133,6 +137,7 @@ def build(
 @_output
 @options.height
 @options.width
+@options.frames
 @_text_tokens
 @_weights
 @_skip_parity
@@ -143,6 +148,7 @@ def export(
     output: Path,
     height: int | None,
     width: int | None,
+    frames: int | None,
     text_tokens: int | None,
     weights: Literal["link", "copy"],
     skip_parity: bool,
@@ -158,6 +164,7 @@ def export(
     exporting = stages.ExportOptions(
         height=height,
         width=width,
+        frames=frames,
         text_tokens=text_tokens,
         weights=weights,
         is_parity_checked=not skip_parity,
@@ -173,6 +180,7 @@ def export(
 )
 @options.height
 @options.width
+@options.frames
 @options.steps
 @options.guidance_scale
 @_samples
@@ -184,6 +192,7 @@ def calibrate(
     output: Path,
     height: int | None,
     width: int | None,
+    frames: int | None,
     steps: int,
     guidance_scale: float | None,
     samples: int,
@@ -204,6 +213,7 @@ def calibrate(
     recording = stages.RecordOptions(
         height=height,
         width=width,
+        frames=frames,
         prompts=_read(file) or stages.default_prompts(checkpoint),
         steps=steps,
         samples=samples,
