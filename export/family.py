@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from meancache_trt.errors import InputError
-from meancache_trt.manifest import Guidance, Resolution, TensorRecord
+from meancache_trt.errors import ExportError, InputError
+from meancache_trt.manifest import GridRule, Guidance, Resolution, Role, TensorRecord
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,19 @@ class Size:
     width: int
     text_tokens: int
     frames: int | None = None
+
+
+@dataclass(frozen=True)
+class FrameRule:
+    """How long a video may be: 1 + a multiple of `stride` frames, at most `longest`.
+
+    `default` is what the family's pipeline makes, `per_second` what the model was trained at.
+    """
+
+    stride: int
+    longest: int
+    default: int
+    per_second: float
 
 
 @dataclass(frozen=True)
@@ -62,10 +75,10 @@ class Wrapper(Protocol):
         """The transformer with prepared tables as inputs; leaving restores `network`."""
 
     def prepare_graph(self, network: torch.nn.Module, configs: Configs) -> torch.nn.Module:
-        """Noise to packed latent and the tables that depend on sizes only."""
+        """Noise to the loop's latent and the tables that depend on sizes only."""
 
     def decoder_graph(self, vae: torch.nn.Module) -> torch.nn.Module:
-        """Packed latent to pictures in [0, 1]."""
+        """The loop's latent to pictures or videos in [0, 1]."""
 
     def reference_velocity(
         self,
@@ -103,8 +116,9 @@ class Family:
     height and width are multiples of, `longest_side` the largest of either, `default_side` what
     the model was trained at, all in pixels.
     `guidance_argument` and `text_tokens_argument` are what the diffusers pipeline calls them.
-    `symbols` gives every symbol of the signatures but the batch. `grid` and `timestep_scale` are
-    explained in `meancache_trt.manifest.Exported`.
+    `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`. `grid`
+    and `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
+    pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything.
     """
 
     name: str
@@ -112,7 +126,7 @@ class Family:
     transformer_class: str
     vae_class: str
     text_components: tuple[str, ...]
-    grid: Literal["linspace", "count"]
+    grid: GridRule
     timestep_scale: float
     guidance_argument: str
     text_tokens_argument: str | None
@@ -124,6 +138,8 @@ class Family:
     symbols: Callable[[Configs, Size], dict[str, int]]
     signatures: Callable[[Configs], Signatures]
     wrapper: Callable[[], Wrapper]
+    frames: Callable[[Configs], FrameRule] | None = None
+    longest_text_tokens: int | None = None
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:
@@ -134,6 +150,28 @@ def check_size(family: Family, configs: Configs, size: Size) -> None:
             raise InputError(_size_message(name, pixels, multiple, longest))
     if size.text_tokens < 1:
         raise InputError(f"text_tokens is {size.text_tokens}; expected at least 1")
+    longest = family.longest_text_tokens or size.text_tokens
+    if size.text_tokens > longest:
+        raise InputError(f"text_tokens is {size.text_tokens}; expected at most {longest}")
+    if family.frames is not None:
+        _check_frames(family.frames(configs), size.frames)
+    elif size.frames is not None:
+        raise InputError(
+            f"frames is {size.frames}, but the {family.name} family makes pictures; leave it out"
+        )
+
+
+def _check_frames(rule: FrameRule, frames: int | None) -> None:
+    if frames is None:
+        raise InputError(f"a video needs a number of frames, such as {rule.default}")
+    if frames < 1 or frames > rule.longest or (frames - 1) % rule.stride:
+        below = min(max(frames - 1, 0) // rule.stride * rule.stride + 1, rule.longest)
+        above = min(below + rule.stride, rule.longest)
+        nearest = f"{below}" if frames < 1 or below == above else f"{below} or {above}"
+        raise InputError(
+            f"frames is {frames}; this checkpoint makes 1 + a multiple of {rule.stride} frames, at "
+            f"most {rule.longest}; use {nearest}"
+        )
 
 
 def _size_message(name: str, pixels: int, multiple: int, longest: int) -> str:
@@ -144,6 +182,30 @@ def _size_message(name: str, pixels: int, multiple: int, longest: int) -> str:
         f"{name} is {pixels}; this checkpoint needs a multiple of {multiple} pixels between "
         f"{multiple} and {longest}; use {nearest}"
     )
+
+
+def default_frames(family: Family, configs: Configs) -> int | None:
+    """The frames that the family's pipeline makes; None in a family of pictures."""
+    return family.frames(configs).default if family.frames is not None else None
+
+
+def frame_count(family: Family, configs: Configs, latent_frames: int) -> int | None:
+    """The frames that so many latent frames decode to; None in a family of pictures."""
+    if family.frames is None:
+        return None
+    return (latent_frames - 1) * family.frames(configs).stride + 1
+
+
+def setting(configs: Configs, component: str, key: str) -> Any:
+    """A value that a component's config.json must have; `ExportError` where it does not."""
+    if key not in configs[component]:
+        raise ExportError(f"{component}/config.json lacks {key!r}; download the checkpoint again")
+    return configs[component][key]
+
+
+def float32(role: Role, *shape: int | str) -> TensorRecord:
+    """The record of a float32 tensor."""
+    return TensorRecord(dtype="float32", shape=shape, role=role)
 
 
 def resolved(record: TensorRecord, symbols: Mapping[str, int]) -> tuple[int, ...]:

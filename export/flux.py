@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from meancache_trt.errors import ExportError
-from meancache_trt.export.family import Configs, Family, Signature, Signatures, Size, Wrapper
-from meancache_trt.manifest import Guidance, Role, TensorRecord
-
-PACK = 2
-"""FluxPipeline packs 2 x 2 latent positions into one token."""
+from meancache_trt.export.family import (
+    Configs,
+    Family,
+    Signature,
+    Signatures,
+    Size,
+    Wrapper,
+    float32,
+    setting,
+)
+from meancache_trt.export.packing import PACK
+from meancache_trt.manifest import Guidance, TensorRecord
 
 AXIS_POSITIONS = 512
 """Rows and columns of tokens that the prepare graph's RoPE tables cover: 8192 pixels in FLUX.1."""
@@ -26,15 +31,9 @@ def rope_axes(configs: Configs) -> tuple[int, ...]:
     return tuple(configs["transformer"].get("axes_dims_rope", _ROPE_AXES))
 
 
-def _setting(configs: Configs, component: str, key: str) -> Any:
-    if key not in configs[component]:
-        raise ExportError(f"{component}/config.json lacks {key!r}; download the checkpoint again")
-    return configs[component][key]
-
-
 def _vae_factor(configs: Configs) -> int:
     # FluxPipeline.__init__: one halving for each block after the first.
-    return int(2 ** (len(_setting(configs, "vae", "block_out_channels")) - 1))
+    return int(2 ** (len(setting(configs, "vae", "block_out_channels")) - 1))
 
 
 def _multiple(configs: Configs) -> int:
@@ -76,14 +75,10 @@ def _default_text_tokens(configs: Configs) -> int:
     return int(min(limit, PIPELINE_MAX_TEXT_TOKENS))
 
 
-def _float32(role: Role, *shape: int | str) -> TensorRecord:
-    return TensorRecord(dtype="float32", shape=shape, role=role)
-
-
 def _latent_channels(configs: Configs) -> int:
     """Channels of the unpacked latent; `ExportError` where VAE and transformer disagree."""
-    channels = _setting(configs, "vae", "latent_channels")
-    packed = _setting(configs, "transformer", "in_channels")
+    channels = setting(configs, "vae", "latent_channels")
+    packed = setting(configs, "transformer", "in_channels")
     if packed != channels * PACK * PACK:
         raise ExportError(
             f"the VAE has {channels} latent channels, so the transformer's in_channels should be "
@@ -96,35 +91,35 @@ def _latent_channels(configs: Configs) -> int:
 def _rope(configs: Configs) -> dict[str, TensorRecord]:
     width = 2 * sum(rope_axes(configs))
     return {
-        "image_rope": _float32("prepared", "image_tokens", width),
-        "text_rope": _float32("prepared", "text_tokens", width),
+        "image_rope": float32("prepared", "image_tokens", width),
+        "text_rope": float32("prepared", "text_tokens", width),
     }
 
 
 def _text(configs: Configs) -> TensorRecord:
-    features = _setting(configs, "transformer", "joint_attention_dim")
-    return _float32("conditioning", "batch", "text_tokens", features)
+    features = setting(configs, "transformer", "joint_attention_dim")
+    return float32("conditioning", "batch", "text_tokens", features)
 
 
 def _transformer(configs: Configs) -> Signature:
     packed = _latent_channels(configs) * PACK * PACK
-    pooled = _setting(configs, "transformer", "pooled_projection_dim")
+    pooled = setting(configs, "transformer", "pooled_projection_dim")
     inputs = {
-        "hidden_states": _float32("latent", "batch", "image_tokens", packed),
+        "hidden_states": float32("latent", "batch", "image_tokens", packed),
         "encoder_hidden_states": _text(configs),
-        "pooled_projections": _float32("conditioning", "batch", pooled),
-        "timestep": _float32("timestep", "batch"),
+        "pooled_projections": float32("conditioning", "batch", pooled),
+        "timestep": float32("timestep", "batch"),
     }
     if _guidance(configs).rule == "embedded":
-        inputs["guidance"] = _float32("guidance_scale", "batch")
-    velocity = _float32("velocity", "batch", "image_tokens", packed)
+        inputs["guidance"] = float32("guidance_scale", "batch")
+    velocity = float32("velocity", "batch", "image_tokens", packed)
     return Signature({**inputs, **_rope(configs)}, {"velocity": velocity})
 
 
 def _prepare(configs: Configs) -> Signature:
     channels = _latent_channels(configs)
-    noise = _float32("noise", "batch", channels, "latent_height", "latent_width")
-    latent = _float32("latent", "batch", "image_tokens", channels * PACK * PACK)
+    noise = float32("noise", "batch", channels, "latent_height", "latent_width")
+    latent = float32("latent", "batch", "image_tokens", channels * PACK * PACK)
     return Signature(
         {"noise": noise, "encoder_hidden_states": _text(configs)},
         {"latent": latent, **_rope(configs)},
@@ -133,8 +128,8 @@ def _prepare(configs: Configs) -> Signature:
 
 def _vae_decoder(configs: Configs) -> Signature:
     packed = _latent_channels(configs) * PACK * PACK
-    latent = _float32("latent_grid", "batch", "latent_rows", "latent_columns", packed)
-    image = _float32("image", "batch", 3, "height", "width")
+    latent = float32("latent_grid", "batch", "latent_rows", "latent_columns", packed)
+    image = float32("image", "batch", 3, "height", "width")
     return Signature({"latent": latent}, {"image": image})
 
 

@@ -11,7 +11,8 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from meancache_trt.export.family import Configs
-from meancache_trt.export.flux import AXIS_POSITIONS, PACK, rope_axes
+from meancache_trt.export.flux import AXIS_POSITIONS, rope_axes
+from meancache_trt.export.packing import PACK, pack, unpack
 from meancache_trt.export.timesteps import fixed_timestep_frequencies
 
 
@@ -64,23 +65,6 @@ def transformer_graph(network: nn.Module) -> Iterator[nn.Module]:
         network.pos_embed = embedding
 
 
-def _pack(latent: Tensor) -> Tensor:
-    """(B, C, Hl, Wl) to (B, S, 4 C), as FluxPipeline._pack_latents does."""
-    batch, channels, height, width = latent.shape
-    rows, columns = height // PACK, width // PACK
-    patches = latent.reshape(batch, channels, rows, PACK, columns, PACK)
-    packed = PACK * PACK * channels
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, packed)
-
-
-def _unpack(grid: Tensor) -> Tensor:
-    """(B, rows, columns, 4 C) to (B, C, Hl, Wl), as FluxPipeline._unpack_latents does."""
-    batch, rows, columns, packed = grid.shape
-    channels = packed // (PACK * PACK)
-    patches = grid.reshape(batch, rows, columns, channels, PACK, PACK)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, rows * PACK, columns * PACK)
-
-
 class _Prepare(nn.Module):
     """Packs noise, and assembles RoPE from one table an axis, computed by diffusers in float64."""
 
@@ -105,7 +89,7 @@ class _Prepare(nn.Module):
         tables = (self.get_buffer("cos"), self.get_buffer("sin"))
         image = torch.cat([self._image(table, rows, columns) for table in tables], dim=-1)
         origin = torch.cat([table[:1] for table in tables], dim=-1)
-        return _pack(noise), image, origin.expand(encoder_hidden_states.shape[1], -1)
+        return pack(noise), image, origin.expand(encoder_hidden_states.shape[1], -1)
 
 
 def prepare_graph(network: nn.Module, configs: Configs) -> nn.Module:
@@ -120,7 +104,7 @@ class _Decoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         vae: Any = self.network
-        unscaled = _unpack(latent) / vae.config.scaling_factor + vae.config.shift_factor
+        unscaled = unpack(latent) / vae.config.scaling_factor + vae.config.shift_factor
         image: Tensor = vae.decode(unscaled, return_dict=False)[0]
         # VaeImageProcessor.denormalize
         return (image * 0.5 + 0.5).clamp(0, 1)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from torch import nn
 
 from meancache_trt.export.checkpoint import check_tensors
-from meancache_trt.export.family import Signature, Size
+from meancache_trt.export.family import Signature, Size, frame_count
 from meancache_trt.export.job import Job
 from meancache_trt.export.trace import build_network, trace
 from meancache_trt.export.update import HISTORIES, update_graph, update_signature
@@ -18,11 +18,13 @@ from meancache_trt.export.weights import (
     place_weights,
     reference_weights,
 )
-from meancache_trt.manifest import Component, TensorRecord, WeightFile
+from meancache_trt.manifest import Component, TensorRecord, WeightFile, batch_symbols
 
-# Rows, columns and text tokens that graphs are traced at. All symbols differ, and the batch is not
-# 1, which torch.export takes for fixed. None of it stays in the graph, which `trace` checks.
-_TRACE_ROWS, _TRACE_COLUMNS, _TRACE_TEXT_TOKENS, _TRACE_BATCH = 4, 6, 10, 2
+# Rows, columns, text tokens and latent frames that graphs are traced at. All symbols differ, and
+# the batch is not 1, which torch.export takes for fixed. None of it stays in the graph, which
+# `trace` checks.
+_TRACE_ROWS, _TRACE_COLUMNS, _TRACE_TEXT_TOKENS, _TRACE_BATCH = 5, 7, 11, 2
+_TRACE_LATENT_FRAMES = 3
 
 
 def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
@@ -56,8 +58,9 @@ def _network(job: Job, part: str, class_name: str) -> nn.Module:
 
 def _trace(job: Job, module: nn.Module, signature: Signature) -> ir.Model:
     unit = job.family.multiple(job.configs)
-    size = Size(_TRACE_ROWS * unit, _TRACE_COLUMNS * unit, _TRACE_TEXT_TOKENS)
-    symbols = {**job.family.symbols(job.configs, size), "batch": _TRACE_BATCH}
+    frames = frame_count(job.family, job.configs, _TRACE_LATENT_FRAMES)
+    size = Size(_TRACE_ROWS * unit, _TRACE_COLUMNS * unit, _TRACE_TEXT_TOKENS, frames)
+    symbols = {**job.family.symbols(job.configs, size), **batch_symbols(_TRACE_BATCH)}
     return trace(module, signature, symbols, opset=job.precision.opset)
 
 

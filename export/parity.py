@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from meancache_trt.errors import ExportError, RuntimeUnavailableError
-from meancache_trt.export.family import Configs, Family, Signature, Size, resolved
+from meancache_trt.export.family import Configs, Family, Signature, Size, frame_count, resolved
 from meancache_trt.export.job import Job
-from meancache_trt.manifest import ParityRecord, TensorRecord
+from meancache_trt.manifest import ParityRecord, TensorRecord, batch_symbols
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -28,26 +28,33 @@ TOLERANCES = {"prepare": 0.0, "transformer": 1e-4, "vae_decoder": 1e-4}
 """Largest absolute difference. The prepare graph only moves numbers that diffusers computed; the
 others run float32 kernels unlike torch's (seven families measured at most 5e-5)."""
 
-# Rows, columns and text tokens: wide, tall, and neither.
-_GRIDS = ((2, 5, 7), (9, 4, 13), (3, 3, 16))
+# Rows, columns, text tokens and latent frames of a video: wide, tall, and neither.
+_GRIDS = ((2, 5, 7, 4), (9, 4, 13, 1), (3, 3, 16, 2))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A size to compare at: its symbols, the batch included, and a seed for its inputs."""
+    """A size to compare at: its symbols, the batch included, and a seed for its inputs.
+
+    `largest_timestep` is what the network is fed at sigma 1.
+    """
 
     symbols: dict[str, int]
     seed: int
+    largest_timestep: float
 
 
 def parity_cases(family: Family, configs: Configs, exported: Size) -> list[Case]:
     """Three sizes, with a batch of 1, 2 and 3, none of them the exported one."""
     unit, cases = family.multiple(configs), []
-    for batch, (rows, columns, text_tokens) in enumerate(_GRIDS, start=1):
-        size = Size(rows * unit, columns * unit, text_tokens, exported.frames)
+    noisiest = configs["scheduler"].get("num_train_timesteps", 1000) * family.timestep_scale
+    for batch, (rows, columns, text_tokens, latent_frames) in enumerate(_GRIDS, start=1):
+        frames = frame_count(family, configs, latent_frames)
+        size = Size(rows * unit, columns * unit, text_tokens, frames)
         if (size.height, size.width) == (exported.height, exported.width):
-            size = Size(size.height + unit, size.width, text_tokens, exported.frames)
-        cases.append(Case({**family.symbols(configs, size), "batch": batch}, seed=batch))
+            size = Size(size.height + unit, size.width, text_tokens, frames)
+        symbols = {**family.symbols(configs, size), **batch_symbols(batch)}
+        cases.append(Case(symbols, seed=batch, largest_timestep=noisiest))
     return cases
 
 
@@ -150,9 +157,12 @@ def _random_feeds(signature: Signature, case: Case) -> Arrays:
 def _random(record: TensorRecord, case: Case, generator: np.random.Generator) -> Array:
     shape = resolved(record, case.symbols)
     if record.role == "timestep":
-        return generator.uniform(0, 1, shape).astype(record.dtype)
+        return generator.uniform(0, case.largest_timestep, shape).astype(record.dtype)
     if record.role == "guidance_scale":
         return generator.uniform(1, 6, shape).astype(record.dtype)
+    if record.role == "text_mask":
+        lengths = generator.integers(1, shape[1] + 1, (shape[0], 1))
+        return (np.arange(shape[1]) < lengths).astype(record.dtype)
     return generator.standard_normal(shape).astype(record.dtype)
 
 

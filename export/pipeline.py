@@ -9,7 +9,14 @@ from pathlib import Path
 
 from meancache_trt.errors import ExportError
 from meancache_trt.export.checkpoint import Checkpoint, identity, resolve_checkpoint
-from meancache_trt.export.family import Configs, Family, Size, check_size, resolution
+from meancache_trt.export.family import (
+    Configs,
+    Family,
+    Size,
+    check_size,
+    default_frames,
+    resolution,
+)
 from meancache_trt.export.job import Job, WeightPlacement
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Component, Exported, Model, ParityRecord, WeightFile
@@ -27,6 +34,7 @@ def export_components(
     *,
     height: int,
     width: int,
+    frames: int | None = None,
     text_tokens: int | None = None,
     weights: WeightPlacement = "link",
     check_parity: bool = True,
@@ -34,16 +42,25 @@ def export_components(
 ) -> Exported:
     """Write a checkpoint's graphs, weights and prompt encoders into `directory`.
 
-    `checkpoint` is a diffusers folder or a hub id; `text_tokens` is by default what the family's
-    pipeline takes. `weights` "link" hard-links the checkpoint's files where the file system can
-    and copies them elsewhere; "copy" always copies. The export itself does not load the weights;
-    the parity check does, in float32. `report` gets a line at each stage.
+    `checkpoint` is a diffusers folder or a hub id; `text_tokens`, and a video's `frames`, are by
+    default what the family's pipeline takes. `weights` "link" hard-links the checkpoint's files
+    where the file system can and copies them elsewhere; "copy" always copies. The export itself
+    does not load the weights; the parity check does, in float32. `report` gets a line at each
+    stage.
 
     Raises `InputError` for a size that the family cannot take, and `ExportError` for a checkpoint
     that is incomplete, damaged or unsupported, a graph that fails its checks, or a directory that
     cannot be written. What was written before an error stays in `directory`.
     """
-    job = _job(checkpoint, directory, (height, width, text_tokens), weights, report)
+    source, family, configs = _source(checkpoint)
+    size = Size(
+        height,
+        width,
+        family.default_text_tokens(configs) if text_tokens is None else text_tokens,
+        default_frames(family, configs) if frames is None else frames,
+    )
+    check_size(family, configs, size)
+    job = Job(source, family, configs, size, directory, weights, report)
     try:
         components = _write_graphs(job)
         encoders = _write_pipeline(job)
@@ -56,21 +73,12 @@ def export_components(
     return _exported(job, components, encoders, parity)
 
 
-def _job(
-    checkpoint: Path,
-    directory: Path,
-    size: tuple[int, int, int | None],
-    placement: WeightPlacement,
-    report: Callable[[str], None],
-) -> Job:
+def _source(checkpoint: Path) -> tuple[Checkpoint, Family, Configs]:
     source = Checkpoint(resolve_checkpoint(str(checkpoint)))
     family = detect(source.path)
     configs = source.configs(("transformer", "vae", "scheduler", *family.text_components))
     _check_classes(family, configs)
-    height, width, tokens = size
-    chosen = Size(height, width, family.default_text_tokens(configs) if tokens is None else tokens)
-    check_size(family, configs, chosen)
-    return Job(source, family, configs, chosen, directory, placement, report)
+    return source, family, configs
 
 
 def _check_classes(family: Family, configs: Configs) -> None:
@@ -142,6 +150,7 @@ def _exported(
         text_tokens=job.size.text_tokens,
         scheduler=dict(configs["scheduler"]),
         parity=parity,
+        frames_per_second=family.frames(configs).per_second if family.frames else None,
     )
 
 

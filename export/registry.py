@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from meancache_trt.errors import ExportError
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.flux import FLUX
+from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
+from meancache_trt.export.qwen_image import QWEN_IMAGE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from meancache_trt.export.family import Family
 
-FAMILIES = MappingProxyType({family.name: family for family in (FLUX,)})
+FAMILIES = MappingProxyType({family.name: family for family in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)})
 """Family name -> family."""
 
 

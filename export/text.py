@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.errors import BundleError, InputError, RuntimeUnavailableError
@@ -25,8 +24,8 @@ class PromptEncoder:
         self._text_tokens = text_tokens
         self._pipeline: Any = None
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Conditioning by transformer input name, float32, batch first.
+    def encode(self, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Conditioning by transformer input name, batch first; masks as they are, else float32.
 
         Prompts longer than the text tokens are cut, as diffusers does. Raises `InputError` for no
         prompts at all, `RuntimeUnavailableError` without torch and diffusers, and `BundleError`
@@ -48,12 +47,15 @@ class PromptEncoder:
                 f"{str(error).splitlines()[0]}; restore the folder or build the bundle again"
             ) from error
 
-    def _encoded(self, wrapper: Wrapper, prompts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    def _encoded(self, wrapper: Wrapper, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
         import torch  # noqa: PLC0415  rendering from ready embeddings must not need it
 
         with torch.inference_mode():
             tensors = wrapper.encode_prompts(self._pipeline, prompts, self._text_tokens)
-        return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+        return {
+            name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+            for name, tensor in tensors.items()
+        }
 
 
 def _wrapper(family: Family) -> Wrapper:

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 
 from meancache_trt.errors import ExportError
 from meancache_trt.export.family import Signature
-from meancache_trt.manifest import GuidanceRule, TensorRecord
+from meancache_trt.manifest import GuidanceRule, TensorRecord, is_classifier_free
 
 HISTORIES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes H of which a graph is made. Euler needs 1, published schedules 2 to 10, and the official
@@ -20,10 +20,10 @@ def update_signature(rule: GuidanceRule, latent: TensorRecord, history: int) -> 
     """Inputs and outputs of the graph for H = `history` over latents like `latent`.
 
     Under classifier-free guidance `model_output` has 2 B samples: the B conditional ones, then
-    the B unconditional ones.
+    the B unconditional ones; `model_input` is the next latent twice, for the next evaluation.
     """
     shape, float32 = latent.shape, "float32"
-    is_guided = rule == "classifier_free"
+    is_guided = is_classifier_free(rule)
     output_shape = ("two_batch", *shape[1:]) if is_guided else shape
     inputs = {
         "latent": TensorRecord(float32, shape, "latent"),
@@ -38,6 +38,8 @@ def update_signature(rule: GuidanceRule, latent: TensorRecord, history: int) -> 
         "next_latent": TensorRecord(float32, shape, "latent"),
         "velocity": TensorRecord(float32, shape, "velocity"),
     }
+    if is_guided:
+        outputs["model_input"] = TensorRecord(float32, output_shape, "model_input")
     return Signature(inputs, outputs)
 
 
@@ -53,9 +55,11 @@ def update_graph(rule: GuidanceRule, signature: Signature, *, opset: int) -> onn
     if not isinstance(history, int) or history < 1:
         raise ExportError(f"an update graph needs a fixed history of at least 1, not {history}")
     nodes, constants = _guidance(rule, rank=len(signature.inputs["latent"].shape))
-    velocities = ["velocity", *(f"history_{age}" for age in range(1, history))]
+    nodes += _weighted_sum(["velocity", *(f"history_{age}" for age in range(1, history))])
+    if is_classifier_free(rule):
+        nodes.append(helper.make_node("Concat", ["next_latent"] * 2, ["model_input"], axis=0))
     graph = helper.make_graph(
-        [*nodes, *_weighted_sum(velocities)],
+        nodes,
         "update",
         [_value_info(name, record) for name, record in signature.inputs.items()],
         [_value_info(name, record) for name, record in signature.outputs.items()],
@@ -68,9 +72,11 @@ def update_graph(rule: GuidanceRule, signature: Signature, *, opset: int) -> onn
 
 
 def _guidance(rule: GuidanceRule, rank: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Nodes from `model_output` to `velocity`."""
-    if rule != "classifier_free":
+    """Nodes from `model_output` to `velocity`, and their constants."""
+    if not is_classifier_free(rule):
         return [helper.make_node("Identity", ["model_output"], ["velocity"])], []
+    is_rescaled = rule == "classifier_free_rescaled"
+    guided = "guided" if is_rescaled else "velocity"
     halves = ["conditional", "unconditional"]
     scale_shape = helper.make_tensor(
         "scale_shape", TensorProto.INT64, [rank], [-1] + [1] * (rank - 1)
@@ -80,9 +86,22 @@ def _guidance(rule: GuidanceRule, rank: int) -> tuple[list[onnx.NodeProto], list
         helper.make_node("Sub", halves, ["direction"]),
         helper.make_node("Reshape", ["guidance_scale", "scale_shape"], ["scale"]),
         helper.make_node("Mul", ["direction", "scale"], ["push"]),
-        helper.make_node("Add", ["unconditional", "push"], ["velocity"]),
+        helper.make_node("Add", ["unconditional", "push"], [guided]),
     ]
-    return nodes, [scale_shape]
+    if not is_rescaled:
+        return nodes, [scale_shape]
+    last_axis = helper.make_tensor("last_axis", TensorProto.INT64, [1], [-1])
+    return [*nodes, *_rescale()], [scale_shape, last_axis]
+
+
+def _rescale() -> list[onnx.NodeProto]:
+    """`guided` with each token's norm made that of `conditional`, as QwenImagePipeline does it."""
+    return [
+        helper.make_node("ReduceL2", ["conditional", "last_axis"], ["wanted_norm"], keepdims=1),
+        helper.make_node("ReduceL2", ["guided", "last_axis"], ["found_norm"], keepdims=1),
+        helper.make_node("Div", ["wanted_norm", "found_norm"], ["ratio"]),
+        helper.make_node("Mul", ["guided", "ratio"], ["velocity"]),
+    ]
 
 
 def _weighted_sum(velocities: list[str]) -> list[onnx.NodeProto]:

@@ -23,9 +23,10 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 
 from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.schedule import Schedule, load_schedule
-from meancache_trt.meancache.sigmas import Convention, SigmaGrid, TimeShift
+from meancache_trt.meancache.sigmas import Convention, SigmaGrid, TimeShift, pipeline_sigmas
 
 _UNSUPPORTED = ("stochastic_sampling", "invert_sigmas")
+_LINSPACES: tuple[Convention, ...] = ("linspace", "linspace_to_zero")
 
 
 class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
@@ -264,8 +265,10 @@ def stock_grid(
 def _convention(sigmas: Sequence[float] | None, steps: int) -> Convention:
     if sigmas is None:
         return "count"
-    is_linspace = np.array_equal(sigmas, np.linspace(1.0, 1 / steps, steps))
-    return "linspace" if is_linspace else "custom"
+    for convention in _LINSPACES:
+        if np.array_equal(sigmas, pipeline_sigmas(convention, steps)):
+            return convention
+    return "custom"
 
 
 def _check_steps(schedule: Schedule, grid: SigmaGrid) -> None:

@@ -3,6 +3,9 @@
     v_n = network(x, timestep_n, conditioning)
     x   = x + Σ_j weights[n][j] · v_{n−j}
 
+Under classifier-free guidance the network runs once on twice the batch, and the update graph makes
+one velocity of the two and copies the next latent for both halves.
+
 The latent ping-pongs between two tensors. The velocity of node n goes to slot n mod H of H
 rotating tensors, and the update of each node is bound to the slots in order of age, so that no
 history is ever copied. Where a row reads less history, a tensor of zeros is bound that nothing
@@ -14,6 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +25,9 @@ from numpy.typing import NDArray
 from meancache_trt.errors import RenderError
 from meancache_trt.meancache.runtime import Call, Graph, Runtime, Tensor
 from meancache_trt.meancache.schedule import Schedule
+
+_MODEL_INPUT = "model_input"  # an output of update graphs that guide
+_NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
 
 OnEvaluation = Callable[[int, int], None]
 """(evaluations done, B), called after each evaluation; an exception raised in it cancels."""
@@ -31,7 +38,7 @@ class Network:
     """A transformer graph and the names of what the loop itself feeds and reads.
 
     The network is fed `timestep_scale` x the scheduler's timestep, multiplied in float64 and
-    rounded to float32, shape (batch,).
+    rounded to float32, one for each of its samples.
     """
 
     graph: Graph
@@ -44,7 +51,8 @@ class Network:
 class DenoisingLoop:
     """One schedule at one shape: all memory is allocated and bound at construction.
 
-    Fill `initial`, call `run`, read `result`. Not thread-safe: one loop runs one batch at a time.
+    Fill `initial` (and `initial_input` where that is another tensor), call `run`, read `result`.
+    Not thread-safe: one loop runs one batch at a time.
 
     Args:
         runtime: owns all tensors; must outlive the loop.
@@ -54,9 +62,13 @@ class DenoisingLoop:
         latent_shape: packed latent with its batch, such as (batch, tokens, channels).
         constants: a tensor for every other input of the network (conditioning, guidance scale,
             position tables). The caller may write to them between runs.
+        update_constants: likewise for every input of the update graph that the loop does not make
+            (the guidance scale, where the update guides).
 
     Attributes:
         initial: where the loop starts from, float32 of `latent_shape`; the run overwrites it.
+        initial_input: what the first evaluation reads: `initial` itself or, where the update
+            graph gives the `model_input` of the next evaluation, a tensor with `initial` twice.
         final: where the result is after `run`.
     """
 
@@ -69,13 +81,18 @@ class DenoisingLoop:
         schedule: Schedule,
         latent_shape: tuple[int, ...],
         constants: Mapping[str, Tensor],
+        update_constants: Mapping[str, Tensor] = _NO_TENSORS,
     ) -> None:
         self.schedule = schedule
         self._runtime = runtime
         self._latents = [runtime.zeros(latent_shape, "float32") for _ in range(2)]
         self.initial = self._latents[0]
         self.final = self._latents[schedule.budget % 2]
-        evaluations = self._bind_evaluations(network, update, constants)
+        self.initial_input = self.initial
+        if _MODEL_INPUT in update.outputs:
+            twice = (2 * latent_shape[0], *latent_shape[1:])
+            self.initial_input = runtime.zeros(twice, "float32")
+        evaluations = self._bind_evaluations(network, update, constants, update_constants)
         self._evaluations = [runtime.sequence(pair) for pair in evaluations]
         self._all = runtime.sequence(list(itertools.chain.from_iterable(evaluations)))
 
@@ -105,22 +122,28 @@ class DenoisingLoop:
         return latent
 
     def _bind_evaluations(
-        self, network: Network, update: Graph, constants: Mapping[str, Tensor]
+        self,
+        network: Network,
+        update: Graph,
+        constants: Mapping[str, Tensor],
+        update_constants: Mapping[str, Tensor],
     ) -> list[tuple[Call, Call]]:
-        runtime, shape = self._runtime, self.initial.shape
+        runtime, shape, input_shape = self._runtime, self.initial.shape, self.initial_input.shape
         history = _history_of(update)
         rows = self.schedule.table(history)
-        output = runtime.zeros(shape, "float32")
+        output = runtime.zeros(input_shape, "float32")
         zeros = runtime.zeros(shape, "float32")
         velocities = [runtime.zeros(shape, "float32") for _ in range(history)]
+        # One tensor serves all: an update writes it when the network call before has read it.
+        copies = {_MODEL_INPUT: self.initial_input} if _MODEL_INPUT in update.outputs else {}
         calls = []
         for node, timestep in enumerate(self.schedule.timesteps()):
             here, there = self._latents[node % 2], self._latents[(node + 1) % 2]
-            fed = np.full(shape[0], float(timestep) * network.timestep_scale, np.float32)
+            fed = np.full(input_shape[0], float(timestep) * network.timestep_scale, np.float32)
             evaluate = network.graph.bind(
                 {
                     **constants,
-                    network.latent: here,
+                    network.latent: copies.get(_MODEL_INPUT, here),
                     network.timestep: runtime.tensor(fed),
                     network.output: output,
                 }
@@ -132,7 +155,9 @@ class DenoisingLoop:
             }
             move = update.bind(
                 {
+                    **update_constants,
                     **past,
+                    **copies,
                     "latent": here,
                     "model_output": output,
                     "weights": runtime.tensor(rows[node]),

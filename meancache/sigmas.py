@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from meancache_trt.errors import ScheduleError
 
-Convention = Literal["linspace", "count", "custom"]
+Convention = Literal["linspace", "linspace_to_zero", "count", "custom"]
 TimeShift = Literal["exponential", "linear"]
 
 SIGMA_TOLERANCE = 1e-6
@@ -150,8 +150,9 @@ def make_grid(
     Args:
         steps: T, the number of Euler steps of the full integration.
         convention: what the pipeline hands to `set_timesteps`: "linspace" is
-            `linspace(1, 1/T, T)` (FLUX, Qwen-Image), "count" is the number alone (SD3, Wan,
-            Z-Image), "custom" is `sigmas`.
+            `linspace(1, 1/T, T)` (FLUX, Qwen-Image), "linspace_to_zero" is `linspace(1, 0, T + 1)`
+            without the 0 (HunyuanVideo; it rounds otherwise), "count" is the number alone (SD3,
+            Wan, Z-Image), "custom" is `sigmas`.
         shift: static shift, s·σ / (1 + (s − 1)·σ); ignored where `mu` is given.
         mu: dynamic, resolution-dependent shift; see `dynamic_mu`.
         time_shift_type: form of the dynamic shift.
@@ -177,7 +178,7 @@ def make_grid(
         training_shift = shift if mu is None else 1.0
         raw = _counted(steps, training_shift, sigma_min, num_train_timesteps)
     else:
-        given = np.linspace(1.0, 1 / steps, steps) if sigmas is None else np.array(sigmas)
+        given = pipeline_sigmas(convention, steps) if sigmas is None else np.array(sigmas)
         raw = given.astype(np.float32)
     shifted = (
         raw * shift / (1 + (shift - 1) * raw) if mu is None else _shift(raw, mu, time_shift_type)
@@ -200,6 +201,13 @@ def make_grid(
         width=width,
         frames=frames,
     )
+
+
+def pipeline_sigmas(convention: Convention, steps: int) -> NDArray[np.float64]:
+    """The T sigmas that a pipeline of either "linspace" convention hands over, before shifting."""
+    if convention == "linspace_to_zero":
+        return np.linspace(1.0, 0.0, steps + 1)[:-1]
+    return np.linspace(1.0, 1 / steps, steps)
 
 
 def grid_from_config(

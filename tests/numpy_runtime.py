@@ -121,6 +121,24 @@ def network_graph(velocity: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]
     )
 
 
+def guiding_update_graph(history: int) -> FunctionGraph:
+    """`update_graph` under classifier-free guidance, with the next model input as an output."""
+    plain = update_graph(history)
+    latent: tuple[int | str, ...] = ("batch", "tokens", "channels")
+    twice: tuple[int | str, ...] = ("two_batch", "tokens", "channels")
+
+    def update(feed: Arrays) -> Arrays:
+        conditional, unconditional = np.split(feed["model_output"], 2)
+        scale = feed["guidance_scale"][:, None, None]
+        guided = unconditional + scale * (conditional - unconditional)
+        made = plain.function({**feed, "model_output": guided})
+        return {**made, "model_input": np.concatenate([made["next_latent"]] * 2)}
+
+    changed = specs(model_output=("float32", twice), guidance_scale=("float32", ("batch",)))
+    given = specs(model_input=("float32", twice), velocity=("float32", latent))
+    return FunctionGraph(update, {**plain.inputs, **changed}, {**plain.outputs, **given})
+
+
 def update_graph(history: int) -> FunctionGraph:
     """next_latent = latent + Σ weights[j] · v_j, in float32 and in order of age."""
     latent: tuple[int | str, ...] = ("batch", "tokens", "channels")

@@ -190,6 +190,7 @@ def test_encoded_prompts_render_as_texts_do(run, shared_bundle, tmp_path):
         (["--prompt", "a", "--schedule", "b11"], "no schedule 'b11'"),
         (["--prompt", "a", "--height", "72"], "renders 64x64"),
         (["--prompt", "a", "--guidance-scale", "-1"], "guidance scale"),
+        (["--prompt", "a", "--negative-prompt", "b"], "no classifier-free guidance"),
         (["--prompt", "a", "--seed", "-1"], "seed"),
     ],
 )

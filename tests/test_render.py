@@ -13,8 +13,10 @@ from PIL import Image
 
 from meancache_trt import standins
 from meancache_trt.bundle import Bundle
+from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
+from meancache_trt.meancache.files import write_tensors
 from meancache_trt.meancache.schedule import (
     Evidence,
     ModelReference,
@@ -23,7 +25,7 @@ from meancache_trt.meancache.schedule import (
     save_schedule,
 )
 from meancache_trt.meancache.sigmas import make_grid
-from meancache_trt.render import Conditioning, Pipeline
+from meancache_trt.render import Pipeline
 from tests.conftest import STEPS
 
 PROMPT = "large plain red circle left gray"
@@ -133,6 +135,9 @@ def test_a_file_tells_how_it_was_made(pipeline, tmp_path):
     assert facts["prompt"] == PROMPT
     assert facts["seed"] == str(SEED)
     assert facts["schedule"] == "b10"
+    assert facts["noise"] == "philox"
+    addition = pipeline.bundle.manifest.additions["schedules/b10"]
+    assert facts["schedule_digest"] == addition.sha256
     assert facts["guidance_scale"] == "3.5"
     assert facts["bundle_id"] == pipeline.bundle.manifest.bundle_id
 
@@ -211,6 +216,12 @@ def test_a_number_of_seeds_that_does_not_fit_is_refused(pipeline):
         pipeline.render([PROMPT, OTHER], seed=[1, 2, 3])
 
 
+@pytest.mark.parametrize("negative", ["blurry", [""]])
+def test_a_negative_prompt_is_refused_where_it_would_have_no_effect(pipeline, negative):
+    with pytest.raises(InputError, match="no classifier-free guidance"):
+        pipeline.render([PROMPT], negative_prompt=negative)
+
+
 def test_a_cancelled_render_does_not_harm_the_next(pipeline):
     def cancel(*_: int) -> None:
         raise InterruptedError
@@ -263,3 +274,11 @@ def test_the_public_names_are_few_and_exist():
     assert len(meancache_trt.__all__) <= 12
     assert all(hasattr(meancache_trt, name) for name in meancache_trt.__all__)
     assert Bundle is meancache_trt.Bundle
+
+
+@pytest.mark.parametrize("prompts", ["5", "[]", "[1]", '["a", "b"]', "nonsense"])
+def test_embeddings_whose_prompts_do_not_fit_are_refused(tmp_path, prompts):
+    path = tmp_path / "prompts.safetensors"
+    write_tensors(path, {"pooled": np.zeros((1, 4), np.float32)}, {"prompts": prompts})
+    with pytest.raises(InputError, match="meancache-trt encode"):
+        Conditioning.load(path)

@@ -11,9 +11,10 @@ Importing this package imports no torch, diffusers, onnxruntime or tensorrt.
 from __future__ import annotations
 
 from meancache_trt.bundle import Bundle
+from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import MeanCacheError
 from meancache_trt.meancache.schedule import Schedule, bake, load_schedule, save_schedule
-from meancache_trt.render import Conditioning, Pipeline, Rendering, load
+from meancache_trt.render import Pipeline, Rendering, load
 
 __version__ = "0.1.0"
 

@@ -19,9 +19,10 @@ from meancache_trt.calibration.baking import BakeOptions, bake_schedules, check_
 from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
+from meancache_trt.export.family import Configs, Family, default_frames
 from meancache_trt.export.pipeline import export_components, identify
 from meancache_trt.export.registry import detect
-from meancache_trt.manifest import Exported
+from meancache_trt.manifest import Exported, Model
 from meancache_trt.meancache.files import encode_json
 from meancache_trt.meancache.schedule import ModelReference, Schedule, bake, check_guidance_scale
 from meancache_trt.render import Pipeline
@@ -40,11 +41,14 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What is exported. `size` is (height, width) in pixels; `text_tokens` None means what the
+    """What is exported.
+
+    `size` is (height, width) in pixels; `frames` of a video and `text_tokens` None mean what the
     family's pipeline takes.
     """
 
     size: tuple[int, int]
+    frames: int | None = None
     text_tokens: int | None = None
     weights: Literal["link", "copy"] = "link"
     is_parity_checked: bool = True
@@ -54,12 +58,13 @@ class ExportOptions:
 class RecordOptions:
     """What is recorded for calibration, at `size` (height, width) in pixels.
 
-    `guidance_scale` None means the model's default. Sample i has prompt i (they repeat where there
-    are fewer than `samples`) and seed i. `budgets` are what will be baked from it, so that one out
-    of range is refused before the work.
+    `guidance_scale`, `text_tokens` and `frames` of a video None mean the model's defaults. Sample i
+    has prompt i (they repeat where there are fewer than `samples`) and seed i. `budgets` are what
+    will be baked from it, so that one out of range is refused before the work.
     """
 
     size: tuple[int, int]
+    frames: int | None = None
     prompts: tuple[str, ...]
     steps: int = 50
     samples: int = 16
@@ -129,6 +134,7 @@ def export(
             directory,
             height=options.size[0],
             width=options.size[1],
+            frames=options.frames,
             text_tokens=options.text_tokens,
             weights=options.weights,
             check_parity=options.is_parity_checked,
@@ -139,23 +145,29 @@ def export(
 
 
 def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) -> str | None:
-    there = bundle.export
-    size = there.resolution
+    """How what is there differs from what is asked for, or None."""
+    there, size = bundle.export, bundle.export.resolution
     if (size.height, size.width) != options.size:
         return f"{size.width}x{size.height} against {options.size[1]}x{options.size[0]}"
-    if options.text_tokens not in (None, there.text_tokens):
-        return f"{there.text_tokens} text tokens against {options.text_tokens}"
+    for what, found, wanted in (
+        ("frames", size.frames, options.frames),
+        ("text tokens", there.text_tokens, options.text_tokens),
+    ):
+        if wanted not in (None, found):
+            return f"{found} {what} against {wanted}"
     if options.weights == "copy" and any(file.is_linked for file in there.weight_files()):
         return "linked weights against copied ones"
     if options.is_parity_checked and not there.parity:
         return "graphs that were not compared with diffusers"
-    model = identify(checkpoint)
-    if model.digest != there.model.digest:
-        return (
-            f"checkpoint {there.model.name} ({there.model.digest[:12]}) against {model.name} "
-            f"({model.digest[:12]})"
-        )
-    return None
+    return _other_model(there.model, identify(checkpoint))
+
+
+def _other_model(there: Model, model: Model) -> str | None:
+    if model.digest == there.digest:
+        return None
+    return (
+        f"checkpoint {there.name} ({there.digest[:12]}) against {model.name} ({model.digest[:12]})"
+    )
 
 
 def record_pipeline(
@@ -187,9 +199,10 @@ def record_pipeline(
         steps=options.steps,
         height=options.size[0],
         width=options.size[1],
+        frames=default_frames(family, configs) if options.frames is None else options.frames,
         guidance_scale=family.guidance(configs).default_scale if scale is None else scale,
         guidance_argument=family.guidance_argument,
-        options=({family.text_tokens_argument: text_tokens} if family.text_tokens_argument else {}),
+        options=_call_options(family, configs, text_tokens),
     )
     prompts = [
         Prompt(options.prompts[index % len(options.prompts)], seed=index)
@@ -207,6 +220,16 @@ def record_pipeline(
         text_tokens=text_tokens,
     )
     return record(directory, settings, sampler, prompts, report)
+
+
+def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[str, str | int]:
+    """Further arguments, with which the diffusers pipeline does what a render does by default."""
+    options: dict[str, str | int] = {}
+    if family.text_tokens_argument:
+        options[family.text_tokens_argument] = text_tokens
+    if family.guidance(configs).is_classifier_free:
+        options["negative_prompt"] = ""  # given none, diffusers leaves guidance out
+    return options
 
 
 def bake_into(

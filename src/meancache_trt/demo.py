@@ -15,12 +15,13 @@ from meancache_trt import build as stages
 from meancache_trt.build import Note, Report
 from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.metrics import compare as psnr_summary
+from meancache_trt.conditioning import Conditioning
 from meancache_trt.meancache.files import atomic_write, write_json
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.probe import Probe
 from meancache_trt.meancache.runtime import Graph
 from meancache_trt.meancache.schedule import Schedule
-from meancache_trt.render import Conditioning, Pipeline, Rendering
+from meancache_trt.render import Pipeline, Rendering
 from meancache_trt.session import Session
 from meancache_trt.standins import DEMO_PROMPTS
 

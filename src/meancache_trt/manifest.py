@@ -13,21 +13,28 @@ import msgspec
 Role = Literal[
     "noise",  # unpacked latent at sigma 1, one sample after another
     "latent",  # what the loop integrates, float32, packed as the transformer takes it
+    "model_input",  # (2 B, ...), the latent twice: what classifier-free guidance feeds the network
     "latent_grid",  # the same memory, its token axis split as the decoder takes it
     "timestep",  # (B,), what the network is fed: a grid timestep times `timestep_scale`
     "guidance_scale",  # (B,)
     "conditioning",  # from the prompt encoder, by name
+    "text_mask",  # (B, text tokens), 1 for the prompt's and 0 for padding; also from the encoder
     "prepared",  # an output of the prepare graph, by name, for the transformer input of that name
     "velocity",  # dx/dsigma as the network gives it, or after guidance in the update graph
     "history",  # velocities evaluated before, youngest first
     "weights",  # (H,), one schedule row, the new velocity's weight first
-    "image",  # (B, 3, H, W) in [0, 1]
+    "image",  # (B, 3, H, W), or (B, 3, frames, H, W) of a video, in [0, 1]
 ]
-GuidanceRule = Literal["embedded", "classifier_free", "none"]
+GuidanceRule = Literal["embedded", "classifier_free", "classifier_free_rescaled", "none"]
+_CLASSIFIER_FREE = ("classifier_free", "classifier_free_rescaled")
+GridRule = Literal["linspace", "linspace_to_zero", "count"]
 
 
 class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A graph's input or output: NumPy dtype name, shape (a `str` is a symbol), role."""
+    """A graph's input or output: NumPy dtype name, shape (a `str` is a symbol), role.
+
+    The symbols are `batch_symbols` and those of a `Resolution`.
+    """
 
     dtype: str
     shape: tuple[int | str, ...]
@@ -74,7 +81,8 @@ class Resolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A picture size, and the size of every symbol but the batch at it.
 
     Shapes are those of one sample: `noise_shape` (C, Hl, Wl), `latent_shape` (S, C), and
-    `decode_shape` (rows, columns, C), the latent's memory as the decoder takes it.
+    `decode_shape` (rows, columns, C), the latent's memory as the decoder takes it; of a video that
+    is not packed, all three are (C, F, Hl, Wl). `frames` is null for pictures.
     """
 
     height: int
@@ -87,10 +95,19 @@ class Resolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Guidance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a guidance scale acts; `default_scale` is null where the model takes none."""
+    """How a guidance scale acts; `default_scale` is null where the model takes none.
+
+    "embedded": the network is fed the scale. "classifier_free": it is called once on 2 B samples,
+    B with the prompts and then B with the negative prompts, and the update graph extrapolates.
+    "classifier_free_rescaled" then gives each token the length of the prompt's velocity.
+    """
 
     rule: GuidanceRule
     default_scale: float | None
+
+    @property
+    def is_classifier_free(self) -> bool:
+        return is_classifier_free(self.rule)
 
 
 class ParityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,8 +137,9 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `components` has "transformer", "prepare", "vae_decoder" and "update/h1" to
     "update/h64"; paths in it are relative to the bundle. `timestep_scale` is applied in float64
     and the product rounded to float32. `grid` says what the pipeline hands its scheduler:
-    "linspace" sigmas linspace(1, 1/T, T), or "count" T alone. `encoder_weights` are the text
-    encoders' files under pipeline/.
+    "linspace" sigmas linspace(1, 1/T, T), "linspace_to_zero" linspace(1, 0, T + 1) without the
+    0, or "count" T alone. `encoder_weights` are the text encoders' files under pipeline/.
+    `frames_per_second` is what a video model was trained at.
     """
 
     family: str
@@ -130,12 +148,13 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     encoder_weights: tuple[WeightFile, ...]
     resolution: Resolution
     guidance: Guidance
-    grid: Literal["linspace", "count"]
+    grid: GridRule
     timestep_scale: float
     num_train_timesteps: int
     text_tokens: int
     scheduler: dict[str, Any]
     parity: tuple[ParityRecord, ...]
+    frames_per_second: float | None = None
 
     def weight_files(self) -> list[WeightFile]:
         """Every weight file of the bundle, those of the prompt encoders last."""
@@ -153,6 +172,16 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not sizes:
             raise KeyError(f"no update graph holds {history} velocities")
         return self.components[sizes[0][1]]
+
+
+def is_classifier_free(rule: GuidanceRule) -> bool:
+    """Whether a guidance rule has the network called on each sample with two prompts."""
+    return rule in _CLASSIFIER_FREE
+
+
+def batch_symbols(batch: int) -> dict[str, int]:
+    """The symbols that depend on the batch alone, for every graph of an export."""
+    return {"batch": batch, "two_batch": 2 * batch}
 
 
 def _named(tensors: dict[str, TensorRecord], role: Role) -> list[str]:

@@ -6,8 +6,7 @@ with meancache_trt.load("flux.mcb") as pipeline:
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,15 +14,16 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from meancache_trt.bundle import Bundle
+from meancache_trt.conditioning import Conditioning, paired
 from meancache_trt.engine.select import open_runtime
 from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.export.registry import FAMILIES
 from meancache_trt.export.text import PromptEncoder
 from meancache_trt.manifest import Resolution
-from meancache_trt.meancache.files import atomic_write, write_tensors
+from meancache_trt.meancache.files import atomic_write, encode_json
+from meancache_trt.meancache.hashing import digest_of
 from meancache_trt.meancache.noise import philox_normal, torch_normal
 from meancache_trt.meancache.schedule import Schedule, check_guidance_scale, load_schedule
 from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
@@ -37,75 +37,71 @@ _NOISE: dict[str, Callable[[int, Sequence[int]], NDArray[np.float32]]] = {
     "philox": philox_normal,
     "torch": torch_normal,
 }
+_PROVENANCE = ("seed", "noise", "schedule", "schedule_digest", "guidance_scale", "bundle_id")
+"""What a file says of its making besides the prompts; together they determine its pixels."""
+
 OnImage = Callable[[int, int, int, int], None]
 """(picture index, pictures, evaluations done, B), called after each evaluation."""
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """Encoded prompts: tensors by transformer input name, batch first, float32."""
-
-    prompts: tuple[str, ...]
-    tensors: Mapping[str, NDArray[np.float32]]
-
-    def select(self, index: int) -> Conditioning:
-        """One of the prompts, as a batch of one."""
-        tensors = {name: tensor[index : index + 1] for name, tensor in self.tensors.items()}
-        return Conditioning((self.prompts[index],), tensors)
-
-    def save(self, path: Path | str) -> None:
-        """Write a safetensors file, atomically."""
-        write_tensors(Path(path), self.tensors, {"prompts": json.dumps(self.prompts)})
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote. Raises `InputError` where it is something else."""
-        try:
-            with safe_open(path, framework="numpy") as file:
-                prompts = json.loads((file.metadata() or {})["prompts"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(
-                f"cannot read embeddings from {path}: {error}; make the file with "
-                "`meancache-trt encode`"
-            ) from error
-        return cls(tuple(prompts), tensors)
-
-
-@dataclass(frozen=True)
 class Rendering:
-    """One picture, and what it was made from.
+    """One picture or video, and what it was made from.
 
-    `latent` is the packed result (S, C), `pixels` (H, W, 3) float32 in [0, 1]; `loop_ms` is the
-    denoising loop alone.
+    `latent` is the packed result (S, C), `pixels` (H, W, 3) float32 in [0, 1]; of a video
+    (C, F, Hl, Wl) and (frames, H, W, 3). `schedule_digest` is the SHA-256 of the schedule's file;
+    `loop_ms` is the denoising loop alone.
     """
 
     prompt: str
     seed: int
+    noise: NoiseSource
     schedule: str
+    schedule_digest: str
     guidance_scale: float | None
     bundle_id: str
     latent: NDArray[np.float32]
     pixels: NDArray[np.float32]
     loop_ms: float
+    frames_per_second: float | None = None
+    negative_prompt: str | None = None
+
+    @property
+    def images(self) -> list[Image]:
+        """The picture, or a video's frames in order, as 8-bit RGB, rounded as diffusers does."""
+        from PIL import Image  # noqa: PLC0415  (only pictures need it)
+
+        frames = self.pixels.reshape(-1, *self.pixels.shape[-3:])
+        return [Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in frames]
 
     @property
     def image(self) -> Image:
-        """The picture as 8-bit RGB, rounded as diffusers does."""
-        from PIL import Image  # noqa: PLC0415  (only pictures need it)
-
-        return Image.fromarray((self.pixels * 255).round().astype(np.uint8))
+        """The picture, or a video's first frame."""
+        return self.images[0]
 
     def save(self, path: Path | str) -> None:
-        """Write a PNG atomically, with prompt, seed, schedule and bundle as text chunks."""
+        """Write a PNG atomically, with prompt, seed, schedule and bundle as text chunks.
+
+        A video becomes an animated PNG, which loses nothing and which browsers play.
+        """
         from PIL.PngImagePlugin import PngInfo  # noqa: PLC0415
 
         info = PngInfo()
         info.add_itxt("prompt", self.prompt)
-        for key in ("seed", "schedule", "guidance_scale", "bundle_id"):
+        if self.negative_prompt is not None:
+            info.add_itxt("negative_prompt", self.negative_prompt)
+        for key in _PROVENANCE:
             info.add_text(key, str(getattr(self, key)))
+        first, *others = self.images
         with atomic_write(Path(path)) as temporary:
-            self.image.save(temporary, format="PNG", pnginfo=info)
+            first.save(
+                temporary,
+                format="PNG",
+                pnginfo=info,
+                save_all=bool(others),
+                append_images=others,
+                duration=1000 / (self.frames_per_second or 1),
+            )
 
 
 class Pipeline:
@@ -224,12 +220,18 @@ class Pipeline:
                 f"this model takes no guidance scale, found {guidance_scale}; leave it out"
             )
         check_guidance_scale(guidance_scale)
+        if guidance.is_classifier_free and guidance_scale is not None and guidance_scale < 1:
+            raise InputError(
+                "a classifier-free guidance scale is at least 1, which leaves the negative prompt "
+                f"without effect, found {guidance_scale}"
+            )
         return guidance.default_scale if guidance_scale is None else guidance_scale
 
     def render(
         self,
         prompts: Sequence[str] | Conditioning,
         *,
+        negative_prompt: str | Sequence[str] | Conditioning = "",
         seed: int | Sequence[int] = 0,
         schedule: str | int | Path | Schedule | None = None,
         guidance_scale: float | None = None,
@@ -244,6 +246,9 @@ class Pipeline:
 
         Args:
             prompts: texts, or what `encode` made of them (then torch is not needed).
+            negative_prompt: what to steer away from, for models with classifier-free guidance: one
+                for all or one for each, as texts or as what `encode` made of them. diffusers turns
+                guidance off where it is given none; here that is `guidance_scale=1`.
             seed: one for all, or one for each.
             schedule: see `schedule`.
             guidance_scale: by default the schedule's, or the model's.
@@ -260,13 +265,15 @@ class Pipeline:
         chosen = self.schedule(schedule, guidance_scale)
         scale = self.guidance(guidance_scale, chosen)
         starts = [_NOISE[noise](start, size.noise_shape) for start in seeds]
-        conditioning = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
+        conditionings = self._conditionings(prompts, negative_prompt)
         session = self.session(chosen, size)
+        schedule_digest = digest_of(encode_json(chosen))
         renderings = []
-        for index, prompt in enumerate(conditioning.prompts):
+        for index, conditioning in enumerate(conditionings):
+            prompt, *negatives = conditioning.prompts
             batch = session.run(
                 starts[index][None],
-                conditioning.select(index).tensors,
+                conditioning.tensors,
                 scale,
                 _for_image(on_evaluation, index, len(seeds)),
             )
@@ -274,15 +281,37 @@ class Pipeline:
                 Rendering(
                     prompt=prompt,
                     seed=seeds[index],
+                    noise=noise,
                     schedule=chosen.name,
+                    schedule_digest=schedule_digest,
                     guidance_scale=scale,
                     bundle_id=self.bundle.manifest.bundle_id,
                     latent=batch.latents[0],
                     pixels=batch.pictures[0],
                     loop_ms=batch.loop_ms,
+                    frames_per_second=self.bundle.export.frames_per_second,
+                    negative_prompt=negatives[0] if negatives else None,
                 )
             )
         return renderings
+
+    def _conditionings(
+        self,
+        prompts: Sequence[str] | Conditioning,
+        negative_prompt: str | Sequence[str] | Conditioning,
+    ) -> list[Conditioning]:
+        """What the network is fed for each picture, the negative prompt last where it takes one."""
+        is_guided = self.bundle.export.guidance.is_classifier_free
+        if negative_prompt and not is_guided:
+            raise InputError(
+                "this model has no classifier-free guidance, so a negative prompt would have no "
+                "effect; leave it out"
+            )
+        positive = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
+        if not is_guided:
+            return [positive.select(index) for index in range(len(positive.prompts))]
+        texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+        return paired(positive, texts if isinstance(texts, Conditioning) else self.encode(texts))
 
     def _find(self, schedule: str | int | Path | None) -> Schedule:
         schedules = [self.bundle.schedule(name) for name in self.bundle.schedule_names()]

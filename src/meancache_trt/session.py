@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.errors import RenderError, ScheduleError
-from meancache_trt.manifest import Component, Resolution, TensorRecord
+from meancache_trt.manifest import Component, Resolution, TensorRecord, batch_symbols
 from meancache_trt.meancache.loop import DenoisingLoop, Network, OnEvaluation
 from meancache_trt.meancache.runtime import Call, Graph, Runtime, Tensor
 from meancache_trt.meancache.schedule import Schedule
@@ -74,31 +74,37 @@ class Session:
     ) -> None:
         export = graphs.bundle.export
         self._graphs = graphs
-        self._sizes = {**resolution.symbols, "batch": batch}
+        self._sizes = {**resolution.symbols, **batch_symbols(batch)}
         self._prepare, self._decoder = (
             export.components["prepare"],
             export.components["vae_decoder"],
         )
-        transformer = export.components["transformer"]
-        self._inputs = {
-            name: self._tensor(record)
-            for name, record in {**self._prepare.inputs, **transformer.inputs}.items()
-            if record.role not in ("latent", "timestep")
+        transformer, update = export.components["transformer"], self._update_for(schedule)
+        scales = {
+            n: record for n, record in update.inputs.items() if record.role == "guidance_scale"
         }
+        self._records = {
+            name: record
+            for name, record in {**self._prepare.inputs, **transformer.inputs, **scales}.items()
+            if record.role not in ("latent", "model_input", "timestep")
+        }
+        self._inputs = {name: self._tensor(record) for name, record in self._records.items()}
+        is_guided = export.guidance.is_classifier_free
         graph = graphs.graph(transformer)
         self.loop = DenoisingLoop(
             graphs.runtime,
             Network(
                 graph if wrap_transformer is None else wrap_transformer(graph),
-                latent=transformer.input_named("latent"),
+                latent=transformer.input_named("model_input" if is_guided else "latent"),
                 timestep=transformer.input_named("timestep"),
                 output=transformer.output_named("velocity"),
                 timestep_scale=export.timestep_scale,
             ),
-            graphs.graph(self._update_for(schedule)),
+            graphs.graph(update),
             schedule=schedule,
             latent_shape=(batch, *resolution.latent_shape),
             constants=self._constants(transformer),
+            update_constants={name: self._inputs[name] for name in scales},
         )
         self._image = self._tensor(self._decoder.outputs[self._decoder.output_named("image")])
         self._calls = self._bind_prepare(), self._bind_decoder((batch, *resolution.decode_shape))
@@ -114,7 +120,8 @@ class Session:
 
         Args:
             noise: unpacked, (batch, *resolution.noise_shape), float32.
-            conditioning: by transformer input name, batch first.
+            conditioning: by transformer input name, batch first; under classifier-free guidance
+                that of the prompts, then that of the negative prompts.
             guidance_scale: None where the model takes none.
             on_evaluation: see `DenoisingLoop.run`.
 
@@ -140,17 +147,13 @@ class Session:
         conditioning: Mapping[str, NDArray[np.float32]],
         guidance_scale: float | None,
     ) -> None:
-        records = {
-            **self._prepare.inputs,
-            **self._graphs.bundle.export.components["transformer"].inputs,
-        }
         for name, tensor in self._inputs.items():
-            match records[name].role:
+            match self._records[name].role:
                 case "noise":
                     tensor.write(noise)
                 case "guidance_scale":
                     tensor.write(np.full(tensor.shape, guidance_scale, tensor.dtype))
-                case "conditioning":
+                case "conditioning" | "text_mask":
                     tensor.write(_named(conditioning, name))
 
     def _tensor(self, record: TensorRecord) -> Tensor:
@@ -171,10 +174,10 @@ class Session:
 
     def _bind_prepare(self) -> Call:
         inputs = {name: self._inputs[name] for name in self._prepare.inputs}
-        latent = self._prepare.output_named("latent")
+        starts = {"latent": self.loop.initial, "model_input": self.loop.initial_input}
         outputs = {
-            name: self.loop.initial if name == latent else self._inputs[name]
-            for name in self._prepare.outputs
+            name: starts[record.role] if record.role in starts else self._inputs[name]
+            for name, record in self._prepare.outputs.items()
         }
         return self._graphs.graph(self._prepare).bind({**inputs, **outputs})
 

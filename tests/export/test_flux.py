@@ -9,6 +9,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from meancache_trt.errors import ExportError
 from meancache_trt.export import flux_torch
 from meancache_trt.export.flux import FLUX, rope_axes
+from meancache_trt.export.packing import pack, unpack
 from tests.export.tiny_flux import tiny_transformer
 
 # black-forest-labs/FLUX.1-dev, transformer/config.json and vae/config.json, without what is unused
@@ -96,9 +97,9 @@ def test_an_error_within_the_transformer_graph_restores_the_network_too() -> Non
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (8, 8)])
 def test_packing_and_unpacking_are_the_pipelines(rows: int, columns: int) -> None:
     noise = torch.randn(2, 4, 2 * rows, 2 * columns)
-    packed = flux_torch._pack(noise)
+    packed = pack(noise)
     assert torch.equal(packed, FluxPipeline._pack_latents(noise, *noise.shape))
-    assert torch.equal(flux_torch._unpack(packed.unflatten(1, (rows, columns))), noise)
+    assert torch.equal(unpack(packed.unflatten(1, (rows, columns))), noise)
 
 
 def test_prepare_tables_reach_the_longest_side_bit_for_bit() -> None:

@@ -18,7 +18,7 @@ def test_flux_pipeline_is_detected(flux_folder: Path) -> None:
 def test_unknown_pipeline_gets_the_supported_ones_and_how_to_add_one(tmp_path: Path) -> None:
     index = {"_class_name": "StableDiffusionXLPipeline"}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ExportError, match=r"XLPipeline; supported .* FluxPipeline\. CONTRIBUTING"):
+    with pytest.raises(ExportError, match=r"XLPipeline; .* FluxPipeline, .*\. CONTRIBUTING"):
         detect(tmp_path)
 
 

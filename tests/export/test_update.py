@@ -89,6 +89,60 @@ def test_classifier_free_guidance_at_scale_one_is_the_conditional_velocity() -> 
     assert np.array_equal(velocity, given["model_output"])
 
 
+def rescaled_feeds(scale: float) -> dict[str, NDArray[np.float32]]:
+    generator = np.random.default_rng(7)
+    outputs = generator.standard_normal((4, 5, 16)).astype(np.float32)
+    scales = np.full(2, scale, np.float32)
+    return {**feeds(4), "model_output": outputs, "guidance_scale": scales}
+
+
+def test_rescaled_guidance_gives_each_token_the_length_of_its_conditional_velocity() -> None:
+    given = rescaled_feeds(4.0)
+    exact = {name: value.astype(np.float64) for name, value in given.items()}
+    conditional, unconditional = np.split(exact["model_output"], 2)
+    guided = unconditional + 4.0 * (conditional - unconditional)
+    lengths = (np.sqrt((v**2).sum(-1, keepdims=True)) for v in (conditional, guided))
+    expected = guided * next(lengths) / next(lengths)
+    velocities = [expected, *(exact[f"history_{age}"] for age in (1, 2, 3))]
+    steps = (w * v for w, v in zip(exact["weights"], velocities, strict=True))
+
+    next_latent, velocity = run("classifier_free_rescaled", 4, given)
+
+    tolerance = 20 * 20 * 2**-24  # float32 rounding of some twenty terms of magnitude below 20
+    np.testing.assert_allclose(velocity, expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(next_latent, exact["latent"] + sum(steps), rtol=0, atol=tolerance)
+
+
+def test_rescaled_guidance_is_the_arithmetic_of_the_qwen_image_pipeline() -> None:
+    given = rescaled_feeds(4.0)
+    noise_pred, neg_noise_pred = torch.from_numpy(given["model_output"]).chunk(2)
+    comb_pred = neg_noise_pred + 4.0 * (noise_pred - neg_noise_pred)
+    cond_norm = torch.norm(noise_pred, dim=-1, keepdim=True)
+    noise_norm = torch.norm(comb_pred, dim=-1, keepdim=True)
+
+    _, velocity = run("classifier_free_rescaled", 4, given)
+
+    # the same operations in float32; only the norms add sixteen squares in another order
+    expected = comb_pred * (cond_norm / noise_norm)
+    np.testing.assert_allclose(velocity, expected.numpy(), rtol=4 * 2**-23, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["classifier_free", "classifier_free_rescaled"])
+def test_guiding_update_gives_the_next_model_input_for_both_halves(rule: GuidanceRule) -> None:
+    signature = update_signature(rule, LATENT, 4)
+    model = update_graph(rule, signature, opset=20)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    outputs = session.run(list(signature.outputs), rescaled_feeds(3.0))
+    made = dict(zip(signature.outputs, outputs, strict=True))
+    assert signature.outputs["model_input"].shape == ("two_batch", "image_tokens", 16)
+    assert np.array_equal(made["model_input"], np.concatenate([made["next_latent"]] * 2))
+
+
+@pytest.mark.parametrize("rule", ["embedded", "none"])
+def test_update_without_guidance_leaves_the_model_input_to_the_loop(rule: GuidanceRule) -> None:
+    assert list(update_signature(rule, LATENT, 4).outputs) == ["next_latent", "velocity"]
+
+
 @pytest.mark.parametrize("history", [-1, 0])
 def test_update_graph_rejects_a_history_without_room(history: int) -> None:
     with pytest.raises(ExportError, match="at least 1"):

@@ -71,7 +71,7 @@ def tiny_vae() -> AutoencoderKL:
     return vae.eval()
 
 
-def tiny_clip() -> tuple[CLIPTokenizer, CLIPTextModel]:
+def tiny_clip(text_tokens: int = 16) -> tuple[CLIPTokenizer, CLIPTextModel]:
     letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)]
     tokens = [*letters, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -81,12 +81,12 @@ def tiny_clip() -> tuple[CLIPTokenizer, CLIPTextModel]:
         intermediate_size=40,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=text_tokens,
         bos_token_id=vocabulary["<|startoftext|>"],
         eos_token_id=vocabulary["<|endoftext|>"],
         pad_token_id=vocabulary["<|endoftext|>"],
     )
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=text_tokens)
     return tokenizer, CLIPTextModel(config).eval()
 
 

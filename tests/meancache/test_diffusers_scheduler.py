@@ -21,7 +21,7 @@ from diffusers import (
 )
 
 from meancache_trt.errors import InputError, MeanCacheError, ScheduleError
-from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
+from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler, stock_grid
 from meancache_trt.meancache.schedule import Evidence, Schedule, bake, save_schedule
 from meancache_trt.meancache.sigmas import make_grid
 
@@ -216,6 +216,15 @@ def test_a_grid_made_from_a_count_is_recognised() -> None:
     scheduler = MeanCacheScheduler.from_schedule(bake("euler", grid, [0, 9]), base)
     scheduler.set_timesteps(STEPS)
     assert scheduler.schedule.grid == grid
+
+
+@pytest.mark.parametrize("steps", [3, 30, 50])
+def test_the_grid_of_hunyuan_video_is_recognised(steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    sigmas = np.linspace(1.0, 0.0, steps + 1)[:-1]
+    scheduler.set_timesteps(sigmas=sigmas)
+    grid = stock_grid(scheduler, sigmas, None)
+    assert grid == make_grid(steps, convention="linspace_to_zero", shift=7.0)
 
 
 def calibrated(schedule: Schedule) -> Schedule:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.numpy_runtime import NumpyRuntime, network_graph, update_graph
+from tests.numpy_runtime import NumpyRuntime, guiding_update_graph, network_graph, update_graph
 
 from meancache_trt.errors import RenderError, ScheduleError
 from meancache_trt.meancache.loop import DenoisingLoop, Network
@@ -125,6 +125,53 @@ def test_history_is_never_truncated():
     assert schedule.history > 4
     with pytest.raises(ScheduleError, match="never truncated"):
         make_loop(schedule, history=4)
+
+
+def two_prompts(latent: NDArray[np.float32], timestep: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A network whose conditional half differs from its unconditional one."""
+    half = len(latent) // 2
+    assert np.array_equal(latent[:half], latent[half:])
+    offsets = np.repeat(np.float32([0.2, -0.1]), half)[:, None, None]
+    return curved(latent, timestep) + offsets
+
+
+def test_guided_loop_feeds_both_halves_and_guides_before_it_moves():
+    schedule, scale = (
+        bake("ab2", GRID, [0, 2, 7, 12, 18]),
+        NumpyRuntime().tensor(np.float32([3, 3])),
+    )
+    network = Network(
+        network_graph(two_prompts), "hidden_states", "timestep", "velocity", timestep_scale=1 / 1000
+    )
+    loop = DenoisingLoop(
+        NumpyRuntime(),
+        network,
+        guiding_update_graph(4),
+        schedule=schedule,
+        latent_shape=SHAPE,
+        constants={},
+        update_constants={"guidance_scale": scale},
+    )
+    for seed in (1, 2):
+        loop.initial_input.write(np.concatenate([noise(seed)] * 2))
+        found = run(loop, noise(seed))
+        velocities: list[NDArray[np.float32]] = []
+        expected = noise(seed)
+        rows = schedule.table(schedule.budget)
+        for timestep, row in zip(schedule.timesteps(), rows, strict=True):
+            fed = np.full(2 * SHAPE[0], float(timestep) / 1000, np.float32)
+            both = two_prompts(np.concatenate([expected] * 2), fed)
+            conditional, unconditional = np.split(both, 2)
+            velocities.insert(0, unconditional + np.float32(3) * (conditional - unconditional))
+            for weight, velocity in zip(row, velocities, strict=False):
+                expected = expected + weight * velocity
+        # The same float32 operations in the same order, so equal to the last bit.
+        assert np.array_equal(found, expected)
+
+
+def test_loop_without_guidance_feeds_the_latent_itself():
+    loop = make_loop(bake("euler", GRID, [0, 5]))
+    assert loop.initial_input is loop.initial
 
 
 def test_all_steps_evaluated_is_euler_to_the_last_bit():

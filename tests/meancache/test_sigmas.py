@@ -111,7 +111,7 @@ def test_count_convention_with_dynamic_shift_ignores_the_static_one(
 @given(steps=STEPS, shift=SHIFTS)
 def test_hunyuan_video_grid_ends_a_step_above_zero(steps: int, shift: float) -> None:
     sigmas = np.linspace(1.0, 0.0, steps + 1)[:-1]
-    grid = make_grid(steps, convention="custom", sigmas=sigmas.tolist(), shift=shift)
+    grid = make_grid(steps, convention="linspace_to_zero", shift=shift)
     assert_equals_diffusers(grid, {"shift": shift}, sigmas=sigmas)
 
 
@@ -126,7 +126,7 @@ def test_custom_sigmas(thousandths: list[int], shift: float) -> None:
     assert_equals_diffusers(grid, {"shift": shift}, sigmas=sigmas)
 
 
-@pytest.mark.parametrize("convention", ["linspace", "count"])
+@pytest.mark.parametrize("convention", ["linspace", "linspace_to_zero", "count"])
 @pytest.mark.parametrize("shift", [1, 3, 3.0])
 def test_a_single_step_goes_from_noise_to_image(convention: Any, shift: float) -> None:
     grid = make_grid(1, convention=convention, shift=shift)

@@ -60,6 +60,7 @@ _output = click.option(
 @_output
 @options.height
 @options.width
+@options.frames
 @_text_tokens
 @options.steps
 @options.guidance_scale
@@ -77,6 +78,7 @@ def build(
     output: Path,
     height: int | None,
     width: int | None,
+    frames: int | None,
     text_tokens: int | None,
     steps: int,
     guidance_scale: float | None,
@@ -102,6 +104,7 @@ def build(
     prompts = _prompts_of(checkpoint, file)
     recording = stages.RecordOptions(
         size=size,
+        frames=frames,
         prompts=prompts,
         steps=steps,
         samples=samples,
@@ -110,7 +113,11 @@ def build(
         budgets=budgets or stages.DEFAULT_BUDGETS,
     )
     exporting = stages.ExportOptions(
-        size=size, text_tokens=text_tokens, weights=weights, is_parity_checked=not skip_parity
+        size=size,
+        frames=frames,
+        text_tokens=text_tokens,
+        weights=weights,
+        is_parity_checked=not skip_parity,
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
     work = output.with_name(f"{output.name}.calibration")
@@ -128,6 +135,7 @@ def build(
 @_output
 @options.height
 @options.width
+@options.frames
 @_text_tokens
 @_weights
 @_skip_parity
@@ -138,6 +146,7 @@ def export(
     output: Path,
     height: int | None,
     width: int | None,
+    frames: int | None,
     text_tokens: int | None,
     weights: Literal["link", "copy"],
     skip_parity: bool,
@@ -149,6 +158,7 @@ def export(
     checkpoint = stages.find_model(model)
     exporting = stages.ExportOptions(
         size=stages.picture_size(checkpoint, height, width),
+        frames=frames,
         text_tokens=text_tokens,
         weights=weights,
         is_parity_checked=not skip_parity,
@@ -164,6 +174,7 @@ def export(
 )
 @options.height
 @options.width
+@options.frames
 @_text_tokens
 @options.steps
 @options.guidance_scale
@@ -176,6 +187,7 @@ def calibrate(
     output: Path,
     height: int | None,
     width: int | None,
+    frames: int | None,
     text_tokens: int | None,
     steps: int,
     guidance_scale: float | None,
@@ -193,6 +205,7 @@ def calibrate(
     checkpoint = stages.find_model(model)
     recording = stages.RecordOptions(
         size=stages.picture_size(checkpoint, height, width),
+        frames=frames,
         prompts=_prompts_of(checkpoint, file),
         steps=steps,
         samples=samples,

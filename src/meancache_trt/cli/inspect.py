@@ -101,7 +101,9 @@ def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
     click.echo(f"bundle      {bundle.directory}  ({bundle.manifest.bundle_id[:16]})")
     click.echo(f"family      {export.family}")
     click.echo(f"checkpoint  {export.model.name}  ({export.model.digest[:16]})")
-    click.echo(f"picture     {export.resolution.width}x{export.resolution.height}")
+    size = export.resolution
+    frames = "" if size.frames is None else f", {size.frames} frames"
+    click.echo(f"picture     {size.width}x{size.height}{frames}")
     click.echo(f"guidance    {export.guidance.rule}, default {export.guidance.default_scale}")
     click.echo()
     print_table(

@@ -24,6 +24,11 @@ threads = click.option(
 )
 height = click.option("--height", type=click.IntRange(min=1), help="Picture height in pixels.")
 width = click.option("--width", type=click.IntRange(min=1), help="Picture width in pixels.")
+frames = click.option(
+    "--frames",
+    type=click.IntRange(min=1),
+    help="Frames of a video; by default what the model's pipeline makes.",
+)
 steps = click.option(
     "--steps",
     type=int,

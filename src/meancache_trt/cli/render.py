@@ -12,9 +12,10 @@ import click
 
 from meancache_trt.cli import options
 from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
+from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import InputError
 from meancache_trt.meancache.files import made_directory, read_bytes
-from meancache_trt.render import Conditioning, NoiseSource, Rendering, load
+from meancache_trt.render import NoiseSource, Rendering, load
 
 
 @click.command()
@@ -27,6 +28,11 @@ from meancache_trt.render import Conditioning, NoiseSource, Rendering, load
     "--embeddings",
     type=click.Path(path_type=Path),
     help="What `encode` wrote; rendering then needs no torch.",
+)
+@click.option(
+    "--negative-prompt",
+    default="",
+    help="What to steer away from, for models with classifier-free guidance; empty by default.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory.")
 @click.option(
@@ -53,6 +59,7 @@ def render(
     texts: tuple[str, ...],
     file: Path | None,
     embeddings: Path | None,
+    negative_prompt: str,
     output: Path,
     schedule: str | None,
     seed: int,
@@ -78,6 +85,7 @@ def render(
         with progress("rendering") as report:
             renderings = pipeline.render(
                 prompts,
+                negative_prompt=negative_prompt,
                 seed=seed,
                 schedule=schedule,
                 guidance_scale=guidance_scale,

@@ -1,0 +1,161 @@
+"""Qwen-Image (and 2512): classifier-free guidance, each token rescaled, and masked text."""
+
+from __future__ import annotations
+
+from meancache_trt.errors import ExportError
+from meancache_trt.export.family import (
+    Configs,
+    Family,
+    Signature,
+    Signatures,
+    Size,
+    Wrapper,
+    float32,
+    setting,
+)
+from meancache_trt.export.packing import PACK
+from meancache_trt.manifest import Guidance, TensorRecord
+
+AXIS_POSITIONS = 512
+"""Rows and columns of tokens that the prepare graph's RoPE tables cover: 8192 pixels."""
+
+PIPELINE_MAX_TEXT_TOKENS = 1024
+"""QwenImagePipeline.check_inputs refuses a longer max_sequence_length."""
+
+_PIPELINE_TEXT_TOKENS = 512  # QwenImagePipeline.__call__, beyond the template that it cuts off
+_PIPELINE_SCALE = 4.0  # QwenImagePipeline.__call__, and the model card
+_TRAINED_SIDE = 1328  # the square among the sizes of the model card
+
+_ROPE_AXES = (16, 56, 56)  # QwenImageTransformer2DModel's default
+
+# What other pipelines of these classes (editing, layers, a distilled guidance) set.
+_UNSUPPORTED = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")
+
+
+def rope_axes(configs: Configs) -> tuple[int, ...]:
+    """Width of each RoPE axis (frame, row, column) within an attention head."""
+    return tuple(configs["transformer"].get("axes_dims_rope", _ROPE_AXES))
+
+
+def _multiple(configs: Configs) -> int:
+    # QwenImagePipeline.__init__: one halving for each entry.
+    return int(PACK * 2 ** len(setting(configs, "vae", "temperal_downsample")))
+
+
+def _longest_side(configs: Configs) -> int:
+    return AXIS_POSITIONS * _multiple(configs)
+
+
+def _symbols(configs: Configs, size: Size) -> dict[str, int]:
+    rows, columns = (pixels // _multiple(configs) for pixels in (size.height, size.width))
+    return {
+        "height": size.height,
+        "width": size.width,
+        "latent_height": PACK * rows,
+        "latent_width": PACK * columns,
+        "latent_rows": rows,
+        "latent_columns": columns,
+        "image_tokens": rows * columns,
+        "text_tokens": size.text_tokens,
+    }
+
+
+def _guidance(_: Configs) -> Guidance:
+    return Guidance(rule="classifier_free_rescaled", default_scale=_PIPELINE_SCALE)
+
+
+def _latent_channels(configs: Configs) -> int:
+    """Channels of the unpacked latent; `ExportError` where this is another kind of checkpoint."""
+    channels = setting(configs, "vae", "z_dim")
+    packed = setting(configs, "transformer", "in_channels")
+    if packed != channels * PACK * PACK:
+        raise ExportError(
+            f"the VAE has {channels} latent channels, so the transformer's in_channels should be "
+            f"{channels * PACK * PACK}, but its config.json says {packed}; this is not a "
+            "Qwen-Image text-to-image checkpoint"
+        )
+    for key in _UNSUPPORTED:
+        if configs["transformer"].get(key, False):
+            raise ExportError(
+                f"transformer/config.json sets {key}, which Qwen-Image text-to-image checkpoints "
+                "leave off; use Qwen/Qwen-Image or Qwen/Qwen-Image-2512"
+            )
+    return int(channels)
+
+
+def _rope(configs: Configs) -> dict[str, TensorRecord]:
+    width = sum(rope_axes(configs))
+    return {
+        "image_rope": float32("prepared", "image_tokens", width),
+        "text_rope": float32("prepared", "text_tokens", width),
+    }
+
+
+def _text(configs: Configs) -> TensorRecord:
+    features = setting(configs, "transformer", "joint_attention_dim")
+    return float32("conditioning", "two_batch", "text_tokens", features)
+
+
+def _transformer(configs: Configs) -> Signature:
+    packed = _latent_channels(configs) * PACK * PACK
+    inputs = {
+        "hidden_states": float32("model_input", "two_batch", "image_tokens", packed),
+        "encoder_hidden_states": _text(configs),
+        "encoder_hidden_states_mask": TensorRecord(
+            "bool", ("two_batch", "text_tokens"), "text_mask"
+        ),
+        "timestep": float32("timestep", "two_batch"),
+    }
+    velocity = float32("velocity", "two_batch", "image_tokens", packed)
+    return Signature({**inputs, **_rope(configs)}, {"velocity": velocity})
+
+
+def _prepare(configs: Configs) -> Signature:
+    channels = _latent_channels(configs)
+    noise = float32("noise", "batch", 1, channels, "latent_height", "latent_width")
+    shape = ("image_tokens", channels * PACK * PACK)
+    latent = float32("latent", "batch", *shape)
+    model_input = float32("model_input", "two_batch", *shape)
+    return Signature(
+        {"noise": noise, "encoder_hidden_states": _text(configs)},
+        {"latent": latent, "model_input": model_input, **_rope(configs)},
+    )
+
+
+def _vae_decoder(configs: Configs) -> Signature:
+    packed = _latent_channels(configs) * PACK * PACK
+    latent = float32("latent_grid", "batch", "latent_rows", "latent_columns", packed)
+    image = float32("image", "batch", 3, "height", "width")
+    return Signature({"latent": latent}, {"image": image})
+
+
+def _signatures(configs: Configs) -> Signatures:
+    return Signatures(_transformer(configs), _prepare(configs), _vae_decoder(configs))
+
+
+def _wrapper() -> Wrapper:
+    from meancache_trt.export import qwen_image_torch  # noqa: PLC0415  the spec has no torch
+
+    return qwen_image_torch
+
+
+QWEN_IMAGE = Family(
+    name="qwen_image",
+    pipelines=("QwenImagePipeline",),
+    transformer_class="QwenImageTransformer2DModel",
+    vae_class="AutoencoderKLQwenImage",
+    text_components=("tokenizer", "text_encoder"),
+    grid="linspace",
+    timestep_scale=1 / 1000,
+    guidance_argument="true_cfg_scale",
+    text_tokens_argument="max_sequence_length",
+    guidance=_guidance,
+    default_text_tokens=lambda _: _PIPELINE_TEXT_TOKENS,
+    longest_text_tokens=PIPELINE_MAX_TEXT_TOKENS,
+    multiple=_multiple,
+    longest_side=_longest_side,
+    default_side=lambda _: _TRAINED_SIDE,
+    symbols=_symbols,
+    signatures=_signatures,
+    wrapper=_wrapper,
+)

@@ -1,0 +1,264 @@
+"""The wrapper of Qwen-Image: modules to trace, and diffusers' own code as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import QwenImagePipeline
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+    QwenImageCausalConv3d,
+    QwenImageUpsample,
+)
+from diffusers.models.transformers import transformer_qwenimage
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, interpolate, pad
+
+from meancache_trt.export.family import Configs
+from meancache_trt.export.packing import PACK, pack, unpack
+from meancache_trt.export.qwen_image import AXIS_POSITIONS, PIPELINE_MAX_TEXT_TOKENS, rope_axes
+from meancache_trt.export.timesteps import fixed_timestep_frequencies
+
+
+@contextmanager
+def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
+    """Give owners' attributes other values; leaving restores them."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    try:
+        for owner, name, value in replacements:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+
+
+class _GivenRope(nn.Module):
+    """Stands in for `QwenEmbedRope`: the "shapes" it is called with are finished tables."""
+
+    def forward(
+        self, tables: tuple[Tensor, Tensor], max_txt_seq_len: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        del max_txt_seq_len, device
+        return tables
+
+
+def _rotate(value: Tensor, table: Tensor, *, use_real: bool) -> Tensor:
+    """`apply_rotary_emb_qwen` in real numbers: value (B, S, heads, D), table (S, D) cos and sin."""
+    assert not use_real  # what the attention processor passes; it means a complex table there
+    cos, sin = table[:, None].chunk(2, dim=-1)
+    real, imaginary = value.float().reshape(*value.shape[:-1], -1, 2).unbind(-1)
+    parts = (real * cos - imaginary * sin, real * sin + imaginary * cos)
+    return torch.stack(parts, dim=-1).flatten(-2).type_as(value)
+
+
+def _text_length(text: Tensor, mask: Tensor) -> tuple[int, None, Tensor]:
+    """`compute_text_seq_len_from_mask` without its check of the shape, which would freeze it."""
+    return text.shape[1], None, mask
+
+
+_FUNCTIONS = {"apply_rotary_emb_qwen": _rotate, "compute_text_seq_len_from_mask": _text_length}
+
+
+class _Transformer(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        *,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor,
+        timestep: Tensor,
+        image_rope: Tensor,
+        text_rope: Tensor,
+    ) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
+        velocity: Tensor = self.network(
+            hidden_states=hidden_states.to(dtype),
+            encoder_hidden_states=encoder_hidden_states.to(dtype),
+            encoder_hidden_states_mask=encoder_hidden_states_mask,
+            timestep=timestep,
+            img_shapes=(image_rope, text_rope),
+            return_dict=False,
+        )[0]
+        return velocity.float()
+
+
+@contextmanager
+def transformer_graph(network: nn.Module) -> Iterator[nn.Module]:
+    """`QwenImageTransformer2DModel` with real position tables as inputs.
+
+    Replaces functions of diffusers' module meanwhile, so no other Qwen-Image may run then.
+    """
+    functions = [(transformer_qwenimage, name, value) for name, value in _FUNCTIONS.items()]
+    rope = (network, "pos_embed", _GivenRope())
+    with _replaced(rope, *functions), fixed_timestep_frequencies(network):
+        yield _Transformer(network)
+
+
+def _real(table: Tensor) -> Tensor:
+    """Complex (S, D/2) to real (S, D): the cosines, then the sines."""
+    return torch.cat([table.real, table.imag], dim=-1)
+
+
+class _Prepare(nn.Module):
+    """Packs noise, and assembles RoPE from diffusers' table of positions -P to Q.
+
+    Rows and columns are numbered from the picture's centre, the text goes on from its corner.
+    """
+
+    def __init__(self, embedding: Any, axes: Sequence[int]) -> None:
+        super().__init__()
+        self.axes = [width // 2 for width in axes]
+        self.origin = AXIS_POSITIONS // 2
+        positive = embedding.pos_freqs[: self.origin + PIPELINE_MAX_TEXT_TOKENS]
+        table = torch.cat([embedding.neg_freqs[-self.origin :], positive])
+        self.register_buffer("cos", table.real.contiguous(), persistent=False)
+        self.register_buffer("sin", table.imag.contiguous(), persistent=False)
+
+    def _image(self, table: Tensor, rows: int, columns: int) -> Tensor:
+        frame, row, column = torch.split(table, self.axes, dim=-1)
+        top, left = self.origin - (rows - rows // 2), self.origin - (columns - columns // 2)
+        parts = (
+            frame[self.origin, None, None].expand(rows, columns, -1),
+            row[top : top + rows, None].expand(-1, columns, -1),
+            column[None, left : left + columns].expand(rows, -1, -1),
+        )
+        return torch.cat(parts, dim=-1).flatten(0, 1)
+
+    def forward(self, noise: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
+        rows, columns = (extent // PACK for extent in noise.shape[3:])
+        tables = (self.get_buffer("cos"), self.get_buffer("sin"))
+        image = torch.cat([self._image(table, rows, columns) for table in tables], dim=-1)
+        # Python's max would choose one of them while tracing.
+        first = self.origin + torch.sym_max(rows // 2, columns // 2)  # type: ignore[no-untyped-call]
+        last = first + encoder_hidden_states.shape[1]
+        text = torch.cat([table[first:last] for table in tables], dim=-1)
+        latent = pack(noise.flatten(1, 2))
+        return latent, torch.cat([latent, latent]), image, text
+
+
+def prepare_graph(network: nn.Module, configs: Configs) -> nn.Module:
+    """Noise and text (for its length) to packed latent, the same twice, image and text RoPE."""
+    return _Prepare(network.get_submodule("pos_embed"), rope_axes(configs))
+
+
+def _convolve_frame(convolution: Any, video: Tensor, cache_x: None = None) -> Tensor:
+    """`QwenImageCausalConv3d` of a first frame, before which there are only zeros.
+
+    So one slice of the kernel is all that counts, and a third of the work.
+    """
+    assert cache_x is None
+    assert video.shape[2] == 1
+    frame = pad(video[:, :, 0], convolution._padding[:4])
+    return conv2d(frame, convolution.weight[:, :, -1], convolution.bias)[:, :, None]
+
+
+def _double(_: Any, frame: Tensor) -> Tensor:
+    """`QwenImageUpsample`, whose "nearest-exact" ONNX lacks; at twice the size "nearest" is it."""
+    return interpolate(frame, scale_factor=2.0, mode="nearest")
+
+
+_OF_ONE_FRAME = (
+    (QwenImageCausalConv3d, "forward", _convolve_frame),
+    (QwenImageUpsample, "forward", _double),
+)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.network = vae
+        for name in ("mean", "std"):
+            values = torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        vae: Any = self.network
+        # As QwenImagePipeline has it, where the second division rounds otherwise than a product.
+        unscaled = unpack(latent)[:, :, None] / (1.0 / self.get_buffer("std"))
+        with _replaced(*_OF_ONE_FRAME):
+            image: Tensor = vae.decode(unscaled + self.get_buffer("mean"), return_dict=False)[0]
+        # VaeImageProcessor.denormalize
+        return (image[:, :, 0] * 0.5 + 0.5).clamp(0, 1)
+
+
+def decoder_graph(vae: nn.Module) -> nn.Module:
+    """Packed latent with rows and columns apart to pictures in [0, 1]."""
+    return _Decoder(vae)
+
+
+def _shapes(symbols: Mapping[str, int]) -> list[list[tuple[int, int, int]]]:
+    return [[(1, symbols["latent_rows"], symbols["latent_columns"])]]
+
+
+def reference_velocity(
+    network: nn.Module, feeds: Mapping[str, Tensor], symbols: Mapping[str, int]
+) -> Tensor:
+    """The unpatched transformer, called as QwenImagePipeline calls it."""
+    inputs = {name: value for name, value in feeds.items() if not name.endswith("_rope")}
+    shapes = _shapes(symbols) * len(feeds["timestep"])
+    velocity: Tensor = network(**inputs, img_shapes=shapes, return_dict=False)[0]
+    return velocity
+
+
+def reference_preparation(
+    network: nn.Module, feeds: Mapping[str, Tensor], symbols: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """What QwenImagePipeline and `QwenEmbedRope` compute, by the prepare graph's output names."""
+    noise, embed = feeds["noise"], network.get_submodule("pos_embed")
+    batch, _, channels, height, width = noise.shape
+    latent = QwenImagePipeline._pack_latents(noise, batch, channels, height, width)
+    image, text = embed(
+        _shapes(symbols), max_txt_seq_len=symbols["text_tokens"], device=noise.device
+    )
+    return {
+        "latent": latent,
+        "model_input": torch.cat([latent, latent]),
+        "image_rope": _real(image),
+        "text_rope": _real(text),
+    }
+
+
+def reference_image(vae: nn.Module, latent: Tensor, symbols: Mapping[str, int]) -> Tensor:
+    """What QwenImagePipeline does after the loop, up to the picture in [0, 1]."""
+    model: Any = vae
+    factor = symbols["height"] // symbols["latent_height"]
+    packed = latent.flatten(1, 2)
+    unpacked = QwenImagePipeline._unpack_latents(
+        packed, symbols["height"], symbols["width"], factor
+    )
+    shape = (1, model.config.z_dim, 1, 1, 1)
+    mean = torch.tensor(model.config.latents_mean).view(shape)
+    inverse = 1.0 / torch.tensor(model.config.latents_std).view(shape)
+    image: Tensor = model.decode(unpacked / inverse + mean, return_dict=False)[0][:, :, 0]
+    return (image * 0.5 + 0.5).clamp(0, 1)
+
+
+def load_text_pipeline(directory: str) -> Any:
+    """QwenImagePipeline with its tokenizer and text encoder, in float32 on the CPU."""
+    return QwenImagePipeline.from_pretrained(
+        directory, transformer=None, vae=None, dtype=torch.float32, local_files_only=True
+    )
+
+
+def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> dict[str, Tensor]:
+    """Features (B, text_tokens, D), zero where padded, and mask (B, text_tokens), bool.
+
+    Each prompt is encoded alone, so that its features do not depend on the others' lengths.
+    """
+    features, masks = [], []
+    for prompt in prompts:
+        found, _ = pipeline.encode_prompt(prompt, device="cpu", max_sequence_length=text_tokens)
+        missing = text_tokens - found.shape[1]
+        features.append(pad(found, (0, 0, 0, missing)))
+        masks.append(torch.arange(text_tokens)[None] < found.shape[1])
+    return {
+        "encoder_hidden_states": torch.cat(features),
+        "encoder_hidden_states_mask": torch.cat(masks),
+    }
