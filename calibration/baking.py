@@ -25,19 +25,18 @@ from meancache_trt.meancache.methods import get_method
 from meancache_trt.meancache.methods.threshold import select_nodes
 from meancache_trt.meancache.schedule import Evidence, Schedule, bake
 
-# Measured once while this was written, without a script that repeats it.
-# Mean PSNR against T = 50 over B in (25, 20, 15, 12, 10, 8, 6, 5), FLUX stand-in, 16 calibration
-# and 16 evaluation prompts, guidance scale 3.5: 51.4 dB with these defaults. `paper` 48.3, `euler`
-# 48.1, `threshold` 45.9, evenly spaced Euler 47.0; without refitted spans 48.2.
+# Chosen on the FLUX stand-in by `scripts/prove calibration-defaults`, whose record is
+# docs/proof/calibration-defaults.json: mean PSNR over eight budgets from 25 to 5 of 50 steps.
+# With these defaults it is 50.0 dB; `paper` 46.8, `euler` 46.6, `threshold` 44.8, evenly spaced
+# Euler 45.0, and 46.8 with spans that are not refitted.
 DEFAULT_METHOD = "official"
-# The same: relative 48.6, up to 8 dB less at B = 8 and below.
+# Relative costs: 47.6.
 DEFAULT_SCALING: Scaling = "displacement"
-# The same: l1 52.0, 4 dB ahead at B = 6, within 0.9 dB elsewhere; on an earlier checkpoint l2 was
-# 0.4 dB ahead. For a FLUX.1 latent of 1024 x 1024 l1 takes 6.7 s a sample on one core, l2 0.1 s.
+# l1: 50.6, all of it from B = 6, for some sixty times the work on large latents.
 DEFAULT_NORM: Norm = "l2"
-# The same: 51.3 with 2 and with 4.
+# 2: 50.0, 4: 49.9.
 DEFAULT_GAMMA = 3.0
-# The same: 51.2 with 2, 51.5 with 4 and with 6.
+# 2: 49.9, 6: 50.1.
 DEFAULT_MAX_SPAN = 3
 
 
