@@ -130,7 +130,7 @@ class OnnxRuntime:
         options.log_severity_level = 3
         options.intra_op_num_threads = 1 if is_light else self._threads
         # Each session has threads of its own, which spin for a while after a run and so take the
-        # cores from the next graph. Without this a loop of 10 calls took 1.4 times as long.
+        # cores from the next graph: without this a loop that follows a decode starts slowly.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             session = self._library.InferenceSession(
