@@ -2,7 +2,8 @@
 
 Edge costs assume that every step before an edge was evaluated. A schedule has evaluated its nodes
 only, and its windows cover estimates: on the FLUX stand-in at B = 6, spans chosen by edge costs
-alone end 11 dB below Euler (`scripts/prove calibration-defaults`). Here the folded rows themselves are applied to recorded velocities, which still needs no network.
+alone end 11 dB below Euler (`scripts/prove calibration-defaults`). Here the folded rows themselves
+are applied to recorded velocities, which still needs no network.
 """
 
 from __future__ import annotations
