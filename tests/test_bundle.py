@@ -127,6 +127,22 @@ def test_concurrent_additions_are_all_kept(bundle):
     assert {f"s{index}" for index in range(8)} <= set(Bundle.open(bundle).schedule_names())
 
 
+def test_a_bundle_opens_while_its_schedules_are_replaced(bundle):
+    is_done = threading.Event()
+
+    def replace_again_and_again() -> None:
+        opened = Bundle.open(bundle)
+        for count in range(40):
+            opened.add_schedule(bake("euler", make_grid(4 + count), [0, 2], name="b10"))
+        is_done.set()
+
+    writer = threading.Thread(target=replace_again_and_again)
+    writer.start()
+    while not is_done.is_set():
+        assert "b10" in Bundle.open(bundle).manifest.additions["schedules/b10"].path
+    writer.join()
+
+
 def test_something_else_at_the_output_path_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="is no bundle; nothing was changed"):

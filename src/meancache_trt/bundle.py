@@ -94,11 +94,16 @@ class Bundle:
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)
-        for path, record in manifest.files.items():
-            _check_file(directory / path, record, is_full_check=is_full_check)
-        for addition in manifest.additions.values():
-            _check_file(directory / addition.path, addition, is_full_check=is_full_check)
-        return cls(directory, manifest)
+        while True:
+            try:
+                _check_files(directory, manifest, is_full_check=is_full_check)
+            except BundleError:
+                newer = _read_manifest(directory)
+                if newer.digest == manifest.digest:
+                    raise
+                manifest = newer  # somebody replaced a schedule or plan meanwhile
+            else:
+                return cls(directory, manifest)
 
     @property
     def export(self) -> Exported:
@@ -277,6 +282,13 @@ def _read_manifest(directory: Path) -> Manifest:
             "the bundle again"
         )
     return manifest
+
+
+def _check_files(directory: Path, manifest: Manifest, *, is_full_check: bool) -> None:
+    for path, record in manifest.files.items():
+        _check_file(directory / path, record, is_full_check=is_full_check)
+    for addition in manifest.additions.values():
+        _check_file(directory / addition.path, addition, is_full_check=is_full_check)
 
 
 def _check_file(path: Path, record: FileRecord | Addition, *, is_full_check: bool) -> None:
