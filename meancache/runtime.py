@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import numpy as np
 from numpy.typing import NDArray
 
 
@@ -105,8 +104,3 @@ class Runtime(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
-
-
-def as_row_major(value: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """`value` as a contiguous array of `dtype`, copied only where it has to be."""
-    return np.ascontiguousarray(value, dtype=dtype)
