@@ -10,11 +10,11 @@ from torch import nn
 from meancache_trt.export.checkpoint import check_tensors
 from meancache_trt.export.family import Signature, Size, frame_count
 from meancache_trt.export.job import Job
+from meancache_trt.export.optimize import optimize
 from meancache_trt.export.trace import build_network, trace
 from meancache_trt.export.update import HISTORIES, update_graph, update_signature
 from meancache_trt.export.weights import (
     count_bytes,
-    optimize,
     place_weights,
     reference_weights,
 )

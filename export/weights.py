@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxscript.optimizer
 from torch._subclasses.fake_tensor import FakeTensor
 
 from meancache_trt.errors import ExportError
@@ -72,30 +71,6 @@ def _external(name: str, tensor: StoredTensor) -> ir.ExternalTensor:
         name=name,
         base_dir=tensor.file.parent,
     )
-
-
-def optimize(model: ir.Model) -> None:
-    """Simplify the graph without reading or moving a weight.
-
-    The optimiser would fold transposes of weights, copying them into the graph, read small ones
-    to infer shapes, and merge equal ones. So the weights are inputs while it works, about which it
-    can know nothing.
-    """
-    graph = model.graph
-    weights = {
-        value: value.const_value
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    for value in weights:
-        del graph.initializers[value.name or ""]
-        value.const_value = None
-    graph.inputs.extend(weights)
-    onnxscript.optimizer.optimize_ir(model)
-    for value, tensor in weights.items():
-        graph.inputs.remove(value)
-        value.const_value = tensor
-        graph.register_initializer(value)
 
 
 def count_bytes(model: ir.Model) -> tuple[int, int]:

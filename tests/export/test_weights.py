@@ -14,10 +14,10 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meancache_trt.errors import ExportError
+from meancache_trt.export.optimize import optimize
 from meancache_trt.export.safetensors_file import StoredTensor
 from meancache_trt.export.weights import (
     count_bytes,
-    optimize,
     place,
     place_weights,
     reference_weights,
