@@ -119,6 +119,7 @@ class Family:
     `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`. `grid`
     and `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
     pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything.
+    `float16_overflow` is where it was reported that the network's activations exceed float16.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Family:
     wrapper: Callable[[], Wrapper]
     frames: Callable[[Configs], FrameRule] | None = None
     longest_text_tokens: int | None = None
+    float16_overflow: str | None = None
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

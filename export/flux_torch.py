@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from meancache_trt.export.family import Configs
 from meancache_trt.export.flux import AXIS_POSITIONS, rope_axes
 from meancache_trt.export.packing import PACK, pack, unpack
-from meancache_trt.export.timesteps import fixed_timestep_frequencies
+from meancache_trt.export.timesteps import Times, exact_times, fixed_timestep_frequencies
+
+TIME_UNITS = 1000.0
+"""FluxTransformer2DModel embeds its timestep, and its guidance scale, times this."""
 
 
 class _GivenRope(nn.Module):
@@ -24,9 +27,10 @@ class _GivenRope(nn.Module):
 
 
 class _Transformer(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, times: Times) -> None:
         super().__init__()
         self.network = network
+        self._times = times
 
     def forward(
         self,
@@ -40,6 +44,8 @@ class _Transformer(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:
         dtype = next(self.network.parameters()).dtype
+        scales = (timestep,) if guidance is None else (timestep, guidance)
+        self._times.values = tuple(scale * TIME_UNITS for scale in scales)
         velocity: Tensor = self.network(
             hidden_states=hidden_states.to(dtype),
             encoder_hidden_states=encoder_hidden_states.to(dtype),
@@ -59,8 +65,11 @@ def transformer_graph(network: nn.Module) -> Iterator[nn.Module]:
     embedding = network.pos_embed
     network.pos_embed = _GivenRope()
     try:
-        with fixed_timestep_frequencies(network):
-            yield _Transformer(network)
+        with (
+            fixed_timestep_frequencies(network),
+            exact_times(network.get_submodule("time_text_embed")) as times,
+        ):
+            yield _Transformer(network, times)
     finally:
         network.pos_embed = embedding
 
@@ -105,7 +114,7 @@ class _Decoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         vae: Any = self.network
         unscaled = unpack(latent) / vae.config.scaling_factor + vae.config.shift_factor
-        image: Tensor = vae.decode(unscaled, return_dict=False)[0]
+        image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0].float()
         # VaeImageProcessor.denormalize
         return (image * 0.5 + 0.5).clamp(0, 1)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
+import msgspec
 import onnx_ir as ir
 from torch import nn
 
 from meancache_trt.export.checkpoint import check_tensors
 from meancache_trt.export.family import Signature, Size, frame_count
-from meancache_trt.export.job import Job
+from meancache_trt.export.job import F32, Job, Precision
 from meancache_trt.export.optimize import optimize
 from meancache_trt.export.trace import build_network, trace
 from meancache_trt.export.update import HISTORIES, update_graph, update_signature
@@ -18,7 +21,12 @@ from meancache_trt.export.weights import (
     place_weights,
     reference_weights,
 )
-from meancache_trt.manifest import Component, TensorRecord, WeightFile, batch_symbols
+from meancache_trt.manifest import (
+    Component,
+    TensorRecord,
+    batch_symbols,
+    component_name,
+)
 
 # Rows, columns, text tokens and latent frames that graphs are traced at. All symbols differ, and
 # the batch is not 1, which torch.export takes for fixed. None of it stays in the graph, which
@@ -27,59 +35,92 @@ _TRACE_ROWS, _TRACE_COLUMNS, _TRACE_TEXT_TOKENS, _TRACE_BATCH = 5, 7, 11, 2
 _TRACE_LATENT_FRAMES = 3
 
 
+@dataclass(frozen=True)
+class _Network:
+    """A model of the checkpoint, and the graph with weights that is made of it.
+
+    `part` is its folder in the checkpoint, `component` the graph's name and folder in the bundle.
+    """
+
+    part: str
+    component: str
+    class_name: str
+    signature: Signature
+    graph: Callable[[nn.Module], AbstractContextManager[nn.Module]]
+
+
 def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
     """Write every graph of a job, with the weights beside it; name and record of each.
 
     Weights are checked against config.json before anything is written.
     """
-    network = _network(job, "transformer", job.family.transformer_class)
-    vae = _network(job, "vae", job.family.vae_class)
-    job.root.mkdir(parents=True, exist_ok=True)
     wrapper, signatures = job.family.wrapper(), job.family.signatures(job.configs)
+    transformer = _Network(
+        "transformer",
+        "transformer",
+        job.family.transformer_class,
+        signatures.transformer,
+        wrapper.transformer_graph,
+    )
+    decoder = _Network(
+        "vae",
+        "vae_decoder",
+        job.family.vae_class,
+        signatures.vae_decoder,
+        lambda vae: nullcontext(wrapper.decoder_graph(vae)),
+    )
+    network, _ = (_built(job, model, F32) for model in (transformer, decoder))
+    job.root.mkdir(parents=True, exist_ok=True)
     job.report("prepare graph")
     preparation = wrapper.prepare_graph(network, job.configs)
     yield "prepare", _unweighted(job, "prepare.onnx", preparation, signatures.prepare)
-    job.report("transformer graph")
-    with wrapper.transformer_graph(network) as module:
-        yield "transformer", _weighted(job, "transformer", module, signatures.transformer)
     job.report("update graphs")
     yield from _updates(job, signatures.prepare.outputs)
-    job.report("VAE decoder graph")
-    decoder = wrapper.decoder_graph(vae)
-    yield "vae_decoder", _weighted(job, "vae", decoder, signatures.vae_decoder, "vae_decoder")
+    for model in (transformer, decoder):
+        yield from _weighted(job, model)
 
 
-def _network(job: Job, part: str, class_name: str) -> nn.Module:
-    network = build_network(class_name, job.configs[part], job.precision.dtype)
+def _built(job: Job, model: _Network, precision: Precision) -> nn.Module:
+    """The model without weights, after a check that the checkpoint has those that it needs."""
+    network = build_network(model.class_name, job.configs[model.part], precision.dtype)
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    check_tensors(part, job.source.tensors(part), expected)
+    check_tensors(model.part, job.source.tensors(model.part), expected)
     return network
 
 
-def _trace(job: Job, module: nn.Module, signature: Signature) -> ir.Model:
+def _trace(job: Job, module: nn.Module, signature: Signature, precision: Precision) -> ir.Model:
     unit = job.family.multiple(job.configs)
     frames = frame_count(job.family, job.configs, _TRACE_LATENT_FRAMES)
     size = Size(_TRACE_ROWS * unit, _TRACE_COLUMNS * unit, _TRACE_TEXT_TOKENS, frames)
     symbols = {**job.family.symbols(job.configs, size), **batch_symbols(_TRACE_BATCH)}
-    return trace(module, signature, symbols, opset=job.precision.opset)
+    return trace(module, signature, symbols, opset=precision.opset)
 
 
 def _unweighted(job: Job, path: str, module: nn.Module, signature: Signature) -> Component:
-    model = _trace(job, module, signature)
+    model = _trace(job, module, signature, F32)
     optimize(model)
     return _written(job, path, model, signature)
 
 
-def _weighted(
-    job: Job, part: str, module: nn.Module, signature: Signature, folder: str | None = None
-) -> Component:
-    """A graph that lies beside the weights it points into, in a folder named as `part` or so."""
-    folder = folder or part
-    model = _trace(job, module, signature)
-    reference_weights(model, job.source.tensors(part))
-    optimize(model)
-    files = place_weights(job.source.weight_files(part), job.root, folder, job.placement)
-    return _written(job, f"{folder}/model.onnx", model, signature, files)
+def _weighted(job: Job, model: _Network) -> Iterator[tuple[str, Component]]:
+    """The graph in each precision, in one folder with the weights that all of them point into."""
+    stored = job.source.tensors(model.part)
+    sources = job.source.weight_files(model.part)
+    files = place_weights(sources, job.root, model.component, job.placement)
+    for precision in job.precisions:
+        name = component_name(model.component, precision.dtype)
+        job.report(f"{name} graph")
+        with model.graph(_built(job, model, precision)) as module:
+            graph = _trace(job, module, model.signature, precision)
+        reference_weights(graph, stored)
+        optimize(graph)
+        path = f"{model.component}/{_graph_file(precision)}"
+        component = _written(job, path, graph, model.signature, precision)
+        yield name, msgspec.structs.replace(component, weights=files)
+
+
+def _graph_file(precision: Precision) -> str:
+    return "model.onnx" if precision == F32 else f"model.{precision.dtype}.onnx"
 
 
 def _updates(job: Job, prepared: Mapping[str, TensorRecord]) -> Iterator[tuple[str, Component]]:
@@ -87,7 +128,7 @@ def _updates(job: Job, prepared: Mapping[str, TensorRecord]) -> Iterator[tuple[s
     latent = next(record for record in prepared.values() if record.role == "latent")
     for history in HISTORIES:
         signature = update_signature(rule, latent, history)
-        model = ir.from_proto(update_graph(rule, signature, opset=job.precision.opset))
+        model = ir.from_proto(update_graph(rule, signature, opset=F32.opset))
         name = f"update/h{history}"
         yield name, _written(job, f"{name}.onnx", model, signature)
 
@@ -97,7 +138,7 @@ def _written(
     path: str,
     model: ir.Model,
     signature: Signature,
-    files: tuple[WeightFile, ...] = (),
+    precision: Precision = F32,
 ) -> Component:
     target = job.root / path
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,9 +148,8 @@ def _written(
         path=path,
         inputs=signature.inputs,
         outputs=signature.outputs,
-        precision=job.precision.dtype,
-        opset=job.precision.opset,
-        weights=files,
+        precision=precision.dtype,
+        opset=precision.opset,
         weight_bytes=total,
         shared_bytes=shared,
     )

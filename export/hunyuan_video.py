@@ -162,4 +162,5 @@ HUNYUAN_VIDEO = Family(
     signatures=_signatures,
     wrapper=_wrapper,
     frames=_frames,
+    float16_overflow="github.com/Tencent-Hunyuan/HunyuanVideo/issues/60",
 )

@@ -186,14 +186,15 @@ class _Decoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         vae: Any = self.network
         decoder = vae.decoder
-        hidden = decoder.conv_in(vae.post_quant_conv(latent / vae.config.scaling_factor))
+        unscaled = (latent / vae.config.scaling_factor).to(vae.dtype)
+        hidden = decoder.conv_in(vae.post_quant_conv(unscaled))
         hidden = _middle(decoder.mid_block, hidden)
         for block in decoder.up_blocks:
             for resnet in block.resnets:
                 hidden = resnet(hidden)
             for upsampler in block.upsamplers or ():
                 hidden = _upsample(upsampler, hidden)
-        video: Tensor = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden)))
+        video: Tensor = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden))).float()
         # VaeImageProcessor.denormalize
         return (video * 0.5 + 0.5).clamp(0, 1)
 

@@ -25,10 +25,19 @@ F32 = Precision("float32", opset=20)
 """What ONNX Runtime, OpenVINO and TensorRT all take; TensorRT refuses opset 23's float32 Attention.
 """
 
+PRECISIONS = {
+    precision.dtype: precision
+    for precision in (F32, Precision("bfloat16", opset=23), Precision("float16", opset=23))
+}
+"""By dtype. Opset 23 has Attention, which TensorRT fuses, and bfloat16 convolutions (22)."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """An export whose size has been checked; `report` gets a line at each stage."""
+    """An export whose size has been checked; `report` gets a line at each stage.
+
+    Graphs with weights are made in each of `precisions`, F32 among them.
+    """
 
     source: Checkpoint
     family: Family
@@ -37,4 +46,4 @@ class Job:
     root: Path
     placement: WeightPlacement
     report: Callable[[str], None]
-    precision: Precision = F32
+    precisions: tuple[Precision, ...] = (F32,)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from meancache_trt.errors import ExportError
+from meancache_trt.errors import ExportError, InputError
 from meancache_trt.export.checkpoint import Checkpoint, identity, resolve_checkpoint
 from meancache_trt.export.family import (
     Configs,
@@ -17,7 +17,7 @@ from meancache_trt.export.family import (
     default_frames,
     resolution,
 )
-from meancache_trt.export.job import Job, WeightPlacement
+from meancache_trt.export.job import F32, PRECISIONS, Job, Precision, WeightPlacement
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Component, Exported, Model, ParityRecord, WeightFile
 from meancache_trt.meancache.hashing import verified_sha256
@@ -37,6 +37,7 @@ def export_components(
     frames: int | None = None,
     text_tokens: int | None = None,
     weights: WeightPlacement = "link",
+    precisions: Sequence[str] | None = None,
     check_parity: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> Exported:
@@ -44,7 +45,9 @@ def export_components(
 
     `checkpoint` is a diffusers folder or a hub id; `text_tokens`, and a video's `frames`, are by
     default what the family's pipeline takes. `weights` "link" hard-links the checkpoint's files
-    where the file system can and copies them elsewhere; "copy" always copies. The export itself
+    where the file system can and copies them elsewhere; "copy" always copies. Graphs with weights
+    are made in float32, which parity is checked in, and in the further `precisions`: by default
+    bfloat16 where the transformer is stored so. The export itself
     does not load the weights; the parity check does, in float32. `report` gets a line at each
     stage.
 
@@ -60,7 +63,8 @@ def export_components(
         default_frames(family, configs) if frames is None else frames,
     )
     check_size(family, configs, size)
-    job = Job(source, family, configs, size, directory, weights, report)
+    wanted = _precisions(source, family, precisions)
+    job = Job(source, family, configs, size, directory, weights, report, wanted)
     try:
         components = _write_graphs(job)
         encoders = _write_pipeline(job)
@@ -79,6 +83,24 @@ def _source(checkpoint: Path) -> tuple[Checkpoint, Family, Configs]:
     configs = source.configs(("transformer", "vae", "scheduler", *family.text_components))
     _check_classes(family, configs)
     return source, family, configs
+
+
+def _precisions(
+    source: Checkpoint, family: Family, wanted: Sequence[str] | None
+) -> tuple[Precision, ...]:
+    """Float32 first, then the others without repetition."""
+    if wanted is None:
+        stored = {tensor.dtype for tensor in source.tensors("transformer").values()}
+        wanted = [dtype for dtype in ("bfloat16",) if dtype in stored]
+    unknown = [dtype for dtype in wanted if dtype not in PRECISIONS]
+    if unknown:
+        raise InputError(f"precision is one of {', '.join(PRECISIONS)}, found {unknown[0]!r}")
+    if "float16" in wanted and family.float16_overflow:
+        raise InputError(
+            f"the activations of the {family.name} family overflow float16, which gives black "
+            f"pictures (reported at {family.float16_overflow}); use bfloat16"
+        )
+    return tuple(dict.fromkeys([F32, *(PRECISIONS[dtype] for dtype in wanted)]))
 
 
 def _check_classes(family: Family, configs: Configs) -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import conv2d, interpolate, pad
 from meancache_trt.export.family import Configs
 from meancache_trt.export.packing import PACK, pack, unpack
 from meancache_trt.export.qwen_image import AXIS_POSITIONS, PIPELINE_MAX_TEXT_TOKENS, rope_axes
-from meancache_trt.export.timesteps import fixed_timestep_frequencies
+from meancache_trt.export.timesteps import Times, exact_times, fixed_timestep_frequencies
 
 
 @contextmanager
@@ -63,9 +63,10 @@ _FUNCTIONS = {"apply_rotary_emb_qwen": _rotate, "compute_text_seq_len_from_mask"
 
 
 class _Transformer(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, times: Times) -> None:
         super().__init__()
         self.network = network
+        self._times = times
 
     def forward(
         self,
@@ -78,6 +79,7 @@ class _Transformer(nn.Module):
         text_rope: Tensor,
     ) -> Tensor:
         dtype = next(self.network.parameters()).dtype
+        self._times.values = (timestep,)
         velocity: Tensor = self.network(
             hidden_states=hidden_states.to(dtype),
             encoder_hidden_states=encoder_hidden_states.to(dtype),
@@ -97,8 +99,12 @@ def transformer_graph(network: nn.Module) -> Iterator[nn.Module]:
     """
     functions = [(transformer_qwenimage, name, value) for name, value in _FUNCTIONS.items()]
     rope = (network, "pos_embed", _GivenRope())
-    with _replaced(rope, *functions), fixed_timestep_frequencies(network):
-        yield _Transformer(network)
+    with (
+        _replaced(rope, *functions),
+        fixed_timestep_frequencies(network),
+        exact_times(network.get_submodule("time_text_embed")) as times,
+    ):
+        yield _Transformer(network, times)
 
 
 def _real(table: Tensor) -> Tensor:
@@ -182,10 +188,11 @@ class _Decoder(nn.Module):
         vae: Any = self.network
         # As QwenImagePipeline has it, where the second division rounds otherwise than a product.
         unscaled = unpack(latent)[:, :, None] / (1.0 / self.get_buffer("std"))
+        unscaled = (unscaled + self.get_buffer("mean")).to(vae.dtype)
         with _replaced(*_OF_ONE_FRAME):
-            image: Tensor = vae.decode(unscaled + self.get_buffer("mean"), return_dict=False)[0]
+            image: Tensor = vae.decode(unscaled, return_dict=False)[0]
         # VaeImageProcessor.denormalize
-        return (image[:, :, 0] * 0.5 + 0.5).clamp(0, 1)
+        return (image[:, :, 0].float() * 0.5 + 0.5).clamp(0, 1)
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:

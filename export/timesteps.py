@@ -1,8 +1,11 @@
-"""Sinusoidal timestep frequencies as constants that torch computed.
+"""Timesteps as exact as they came in: frequencies that torch computed, no rounding on the way.
 
-Traced as they stand, they are computed by whatever folds or runs the graph, whose exp may differ
-from torch's in the last bit; times a timestep of 1000 that is 6e-5 in phase, the largest part of
-an exported transformer's error (measured on a tiny FLUX: 2.9e-5 with, 8e-7 without).
+Traced as they stand, frequencies are computed by whatever folds or runs the graph, whose exp may
+differ from torch's in the last bit; times a timestep of 1000 that is 6e-5 in phase, the largest
+part of an exported transformer's error (measured on a tiny FLUX: 2.9e-5 with, 8e-7 without).
+
+A network in bfloat16 rounds its timestep to 8 bits before it is embedded, 987 to 988. Its graph
+takes the timestep, and an embedded guidance scale, in float32 and rounds their embeddings only.
 """
 
 from __future__ import annotations
@@ -53,3 +56,24 @@ def fixed_timestep_frequencies(network: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in found:
             setattr(parent, name, child)
+
+
+class Times:
+    """What a network's timestep embedding is called with first: float32 (B,) each, as set."""
+
+    values: tuple[Tensor, ...] = ()
+
+
+@contextmanager
+def exact_times(embedding: nn.Module) -> Iterator[Times]:
+    """Call `embedding` with the yielded `values` in place of its first arguments meanwhile."""
+    times, original = Times(), embedding.forward
+
+    def forward(*arguments: Any) -> Any:
+        return original(*times.values, *arguments[len(times.values) :])
+
+    embedding.forward = forward
+    try:
+        yield times
+    finally:
+        del embedding.forward

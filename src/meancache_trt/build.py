@@ -22,7 +22,7 @@ from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
 from meancache_trt.export.family import Configs, Family, default_frames
 from meancache_trt.export.pipeline import export_components, identify
 from meancache_trt.export.registry import detect
-from meancache_trt.manifest import Exported, Model
+from meancache_trt.manifest import Exported, Model, component_name
 from meancache_trt.meancache.files import encode_json
 from meancache_trt.meancache.schedule import ModelReference, Schedule, bake, check_guidance_scale
 from meancache_trt.render import Pipeline
@@ -44,13 +44,14 @@ class ExportOptions:
     """What is exported.
 
     `size` is (height, width) in pixels; `frames` of a video and `text_tokens` None mean what the
-    family's pipeline takes.
+    family's pipeline takes. `precisions` are explained at `export_components`.
     """
 
     size: tuple[int, int]
     frames: int | None = None
     text_tokens: int | None = None
     weights: Literal["link", "copy"] = "link"
+    precisions: tuple[str, ...] | None = None
     is_parity_checked: bool = True
 
 
@@ -137,6 +138,7 @@ def export(
             frames=options.frames,
             text_tokens=options.text_tokens,
             weights=options.weights,
+            precisions=options.precisions,
             check_parity=options.is_parity_checked,
             report=lambda stage: note(f"export: {stage}"),
         )
@@ -157,6 +159,9 @@ def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) 
             return f"{found} {what} against {wanted}"
     if options.weights == "copy" and any(file.is_linked for file in there.weight_files()):
         return "linked weights against copied ones"
+    for precision in options.precisions or ():
+        if component_name("transformer", precision) not in there.components:
+            return f"no {precision} graph against one"
     if options.is_parity_checked and not there.parity:
         return "graphs that were not compared with diffusers"
     return _other_model(there.model, identify(checkpoint))
@@ -267,6 +272,8 @@ def plan(bundle: Bundle, *, backend: str, threads: int) -> PlanRecord:
     with Pipeline(bundle, backend=backend, threads=threads) as pipeline:
         load_ms = {}
         for name, component in bundle.export.components.items():
+            if component.precision != "float32":  # what ONNX Runtime on the CPU runs
+                continue
             start = time.perf_counter()
             pipeline.graphs.graph(component)
             load_ms[name] = 1e3 * (time.perf_counter() - start)

@@ -6,6 +6,7 @@
     ├── ExportError            a checkpoint that cannot be exported, or fails the export's checks
     ├── CalibrationError       trajectories that are missing, inconsistent or not finite
     ├── RuntimeUnavailableError  a backend that is not installed, or has no device here
+    ├── PlanError              a graph that TensorRT cannot build
     ├── RenderError            a render that produced no valid picture
     └── InputError             a user's file or option that cannot be used
 
@@ -38,6 +39,10 @@ class CalibrationError(MeanCacheError):
 
 class RuntimeUnavailableError(MeanCacheError):
     """A backend that is not installed, or has no device on this machine."""
+
+
+class PlanError(MeanCacheError):
+    """A graph that TensorRT cannot build."""
 
 
 class RenderError(MeanCacheError):

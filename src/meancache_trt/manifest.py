@@ -135,7 +135,9 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that a host needs to know of an export.
 
     `components` has "transformer", "prepare", "vae_decoder" and "update/h1" to
-    "update/h64"; paths in it are relative to the bundle. `timestep_scale` is applied in float64
+    "update/h64", and where they were asked for the graphs with weights in other precisions, such
+    as "transformer/bfloat16", with the same inputs and outputs; paths in it are relative to the
+    bundle. `timestep_scale` is applied in float64
     and the product rounded to float32. `grid` says what the pipeline hands its scheduler:
     "linspace" sigmas linspace(1, 1/T, T), "linspace_to_zero" linspace(1, 0, T + 1) without the
     0, or "count" T alone. `encoder_weights` are the text encoders' files under pipeline/.
@@ -159,7 +161,7 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def weight_files(self) -> list[WeightFile]:
         """Every weight file of the bundle, those of the prompt encoders last."""
         parts = [file for component in self.components.values() for file in component.weights]
-        return [*parts, *self.encoder_weights]
+        return list(dict.fromkeys([*parts, *self.encoder_weights]))
 
     def update_for(self, history: int) -> Component:
         """The smallest update graph that holds `history` velocities; `KeyError` where none does."""
@@ -172,6 +174,11 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not sizes:
             raise KeyError(f"no update graph holds {history} velocities")
         return self.components[sizes[0][1]]
+
+
+def component_name(part: str, precision: str) -> str:
+    """The name of a part's graph in a precision: the part's own in float32."""
+    return part if precision == "float32" else f"{part}/{precision}"
 
 
 def is_classifier_free(rule: GuidanceRule) -> bool:

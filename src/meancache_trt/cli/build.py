@@ -47,6 +47,14 @@ _weights = click.option(
     show_default=True,
     help="link: share the checkpoint's files; copy: a bundle that travels.",
 )
+_precision = click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    multiple=True,
+    help="Graphs beside the float32 one; may be given several times. By default bfloat16 where the "
+    "checkpoint is stored so.",
+)
 _skip_parity = click.option(
     "--skip-parity", is_flag=True, help="Do not compare the graphs with diffusers."
 )
@@ -68,6 +76,7 @@ _output = click.option(
 @_samples
 @_prompts
 @_weights
+@_precision
 @_skip_parity
 @options.backend
 @options.threads
@@ -86,6 +95,7 @@ def build(
     samples: int,
     file: Path | None,
     weights: Literal["link", "copy"],
+    precisions: tuple[str, ...],
     skip_parity: bool,
     backend: str,
     threads: int,
@@ -117,6 +127,7 @@ def build(
         frames=frames,
         text_tokens=text_tokens,
         weights=weights,
+        precisions=precisions or None,
         is_parity_checked=not skip_parity,
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
@@ -138,6 +149,7 @@ def build(
 @options.frames
 @_text_tokens
 @_weights
+@_precision
 @_skip_parity
 @options.force
 @options.as_json
@@ -149,6 +161,7 @@ def export(
     frames: int | None,
     text_tokens: int | None,
     weights: Literal["link", "copy"],
+    precisions: tuple[str, ...],
     skip_parity: bool,
     force: bool,
     as_json: bool,
@@ -161,6 +174,7 @@ def export(
         frames=frames,
         text_tokens=text_tokens,
         weights=weights,
+        precisions=precisions or None,
         is_parity_checked=not skip_parity,
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)

@@ -1,0 +1,66 @@
+"""The tiny random checkpoints of all families, exported in float32 and bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from meancache_trt.export import export_components
+from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.export.family import Family, Size, resolved
+from meancache_trt.export.registry import detect
+from meancache_trt.manifest import Component, Exported, batch_symbols
+from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image
+
+TINY = {
+    "flux": tiny_flux.tiny_pipeline,
+    "qwen_image": tiny_qwen_image.tiny_pipeline,
+    "hunyuan_video": tiny_hunyuan_video.tiny_pipeline,
+}
+TEXT_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class TinyExport:
+    """A checkpoint folder and an export of it beside."""
+
+    family: Family
+    checkpoint: Path
+    directory: Path
+    exported: Exported
+
+    @cached_property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        parts = ("transformer", "vae", "scheduler", *self.family.text_components)
+        return Checkpoint(self.checkpoint).configs(parts)
+
+    def size(self, rows: int, columns: int, text_tokens: int, frames: int) -> Size:
+        """So many tokens high and wide; `frames` count only in families of videos."""
+        unit = self.family.multiple(self.configs)
+        is_video = self.family.frames is not None
+        return Size(rows * unit, columns * unit, text_tokens, frames if is_video else None)
+
+    def shapes(self, component: Component, size: Size, batch: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a component's inputs."""
+        symbols = {**self.family.symbols(self.configs, size), **batch_symbols(batch)}
+        return {name: resolved(record, symbols) for name, record in component.inputs.items()}
+
+
+def tiny_export(name: str, folder: Path) -> TinyExport:
+    """Export a family's tiny pipeline into `folder`."""
+    checkpoint, directory = folder / f"tiny-{name}", folder / "exported"
+    TINY[name]().save_pretrained(checkpoint)
+    exported = export_components(
+        checkpoint,
+        directory,
+        height=32,
+        width=48,
+        frames=5 if name == "hunyuan_video" else None,
+        text_tokens=TEXT_TOKENS,
+        precisions=["bfloat16"],
+        check_parity=False,
+    )
+    return TinyExport(detect(checkpoint), checkpoint, directory, exported)

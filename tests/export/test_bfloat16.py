@@ -1,0 +1,155 @@
+"""The graphs that TensorRT is given: what it makes of them, and what they compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from meancache_trt.engine.tensorrt_build import Shapes, build_plan, fused_attention_kernels
+from meancache_trt.errors import PlanError
+from meancache_trt.export.family import Size
+from meancache_trt.manifest import Component, Role
+from tests.export.families import TINY, TinyExport, tiny_export
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@pytest.fixture(scope="module", params=sorted(TINY))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
+    return tiny_export(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def shapes(tiny: TinyExport, component: Component) -> Shapes:
+    sizes = [tiny.size(2, 2, 8, 1), tiny.size(6, 8, 16, 9), tiny.size(16, 16, 64, 9)]
+    of_each = [tiny.shapes(component, size, 1 + (size is sizes[-1])) for size in sizes]
+    return {name: tuple(shape[name] for shape in of_each) for name in component.inputs}  # type: ignore[misc]
+
+
+def test_only_the_networks_are_in_bfloat16(tiny: TinyExport) -> None:
+    parts = tiny.exported.components
+    for name in ("transformer", "vae_decoder"):
+        variant = parts[f"{name}/bfloat16"]
+        assert (variant.precision, variant.opset) == ("bfloat16", 23)
+        assert (variant.inputs, variant.outputs) == (parts[name].inputs, parts[name].outputs)
+        assert variant.weights == parts[name].weights  # one set of files for both
+    others = [part for name, part in parts.items() if not name.endswith("bfloat16")]
+    assert {(part.precision, part.opset) for part in others} == {("float32", 20)}
+
+
+def test_rotation_and_timestep_stay_in_float32(tiny: TinyExport) -> None:
+    path = tiny.directory / tiny.exported.components["transformer/bfloat16"].path
+    graph = onnx.load(path, load_external_data=False).graph
+    names = {name for name, record in _records(tiny).items() if record in ("prepared", "timestep")}
+    read = [node for node in graph.node if names.intersection(node.input)]
+    assert read
+    casts = [node for node in read if node.op_type == "Cast"]
+    assert all(_target(node) != onnx.TensorProto.BFLOAT16 for node in casts)
+
+
+def _records(tiny: TinyExport) -> dict[str, Role]:
+    inputs = tiny.exported.components["transformer"].inputs
+    return {name: record.role for name, record in inputs.items()}
+
+
+def _target(cast: onnx.NodeProto) -> int:
+    return next(attribute.i for attribute in cast.attribute if attribute.name == "to")
+
+
+@pytest.mark.parametrize("capability", ["8.9", "12.0"])
+def test_plan_has_fused_attention(tiny: TinyExport, capability: str) -> None:
+    component = tiny.exported.components["transformer/bfloat16"]
+    plan = build_plan(tiny.directory / component.path, shapes(tiny, component), [capability])
+    assert fused_attention_kernels(plan)
+
+
+def test_every_other_graph_builds_too(tiny: TinyExport) -> None:
+    for name in ("prepare", "update/h4", "vae_decoder/bfloat16"):
+        component = tiny.exported.components[name]
+        assert build_plan(tiny.directory / component.path, shapes(tiny, component), ["8.9"])
+
+
+def test_openvino_runs_it_within_the_error_of_bfloat16(tiny: TinyExport) -> None:
+    size = tiny.size(3, 5, 12, 5)
+    feeds = random_feeds(tiny, size)
+    exact, rounded = (torch_velocity(tiny, feeds, size, t) for t in (torch.float32, torch.bfloat16))
+    found = openvino_velocity(tiny, feeds)
+    error = np.abs(rounded - exact).max()
+    # Torch's own error and half of it more: both round products to 8 bits, at places that differ.
+    assert 0 < np.abs(found - exact).max() <= 1.5 * error
+
+
+def random_feeds(tiny: TinyExport, size: Size) -> Arrays:
+    """Of one sample, with the position tables that belong to it."""
+    generator = np.random.default_rng(0)
+    parts = tiny.exported.components
+    feeds: Arrays = {}
+    for part in (parts["prepare"], parts["transformer"]):
+        for name, shape in tiny.shapes(part, size, 1).items():
+            feeds[name] = generator.standard_normal(shape).astype(part.inputs[name].dtype)
+    for name, record in parts["transformer"].inputs.items():
+        if record.role == "timestep":
+            scale = 1000 * tiny.exported.timestep_scale
+            feeds[name] = np.full(feeds[name].shape, 0.7 * scale, np.float32)
+        if record.role == "text_mask":
+            feeds[name] = np.ones(feeds[name].shape, record.dtype)
+    prepare = onnxruntime.InferenceSession(tiny.directory / parts["prepare"].path)
+    names = list(parts["prepare"].outputs)
+    made = prepare.run(names, {name: feeds[name] for name in parts["prepare"].inputs})
+    tables = dict(zip(names, made, strict=True))
+    return feeds | {name: value for name, value in tables.items() if name in feeds}
+
+
+def torch_velocity(
+    tiny: TinyExport, feeds: Arrays, size: Size, dtype: torch.dtype
+) -> NDArray[np.float32]:
+    network = getattr(diffusers, tiny.family.transformer_class).from_pretrained(
+        tiny.checkpoint / "transformer"
+    )
+    given = {
+        name: torch.from_numpy(feeds[name])
+        for name in tiny.exported.components["transformer"].inputs
+    }
+    floats = {n: v.to(dtype) if v.is_floating_point() else v for n, v in given.items()}
+    symbols = tiny.family.symbols(tiny.configs, size)
+    with torch.inference_mode():
+        velocity = tiny.family.wrapper().reference_velocity(network.to(dtype), floats, symbols)
+    result: NDArray[np.float32] = velocity.float().numpy()
+    return result
+
+
+def openvino_velocity(tiny: TinyExport, feeds: Arrays) -> NDArray[np.float32]:
+    component = tiny.exported.components["transformer/bfloat16"]
+    # By default it also rounds what the graph has in float32, timestep phases for one.
+    pinned = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(tiny.directory / component.path, "CPU", pinned)
+    made = compiled({name: feeds[name] for name in component.inputs})
+    result: NDArray[np.float32] = made["velocity"]
+    return result
+
+
+def test_graph_that_cannot_be_parsed_is_refused_with_tensorrts_words(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"no graph")
+    with pytest.raises(PlanError, match=r"cannot parse .*broken\.onnx"):
+        build_plan(path, {})
+
+
+def test_unknown_compute_capability_is_refused(tiny: TinyExport) -> None:
+    component = tiny.exported.components["update/h1"]
+    with pytest.raises(PlanError, match=r"builds for .*SM89.*, found 9\.0"):
+        build_plan(tiny.directory / component.path, shapes(tiny, component), ["9.0"])
+
+
+def test_input_without_shapes_is_named(tiny: TinyExport) -> None:
+    component = tiny.exported.components["update/h1"]
+    with pytest.raises(PlanError, match="input latent is dynamic"):
+        build_plan(tiny.directory / component.path, {}, ["8.9"])
