@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from meancache_trt.engine.mapped_weights import has_linked_weights, mapped_weights
 from meancache_trt.errors import BundleError, RenderError, RuntimeUnavailableError
 from meancache_trt.meancache.runtime import Call, Graph, Tensor, TensorSpec
 
@@ -79,8 +80,9 @@ class _Sequence:
 class OnnxRuntimeGraph:
     """An inference session on the CPU."""
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, weights: Sequence[Any] = ()) -> None:
         self._session = session
+        self._weights = weights  # mapped memory that the session reads
         self.inputs = {value.name: _spec(value) for value in session.get_inputs()}
         self.outputs = {value.name: _spec(value) for value in session.get_outputs()}
 
@@ -132,7 +134,12 @@ class OnnxRuntime:
         # Each session has threads of its own, which spin for a while after a run and so take the
         # cores from the next graph: without this a loop that follows a decode starts slowly.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        names, values = (
+            mapped_weights(path, self._library) if has_linked_weights(path) else ([], [])
+        )
         try:
+            if names:
+                options.add_external_initializers(names, values)
             session = self._library.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
@@ -142,7 +149,7 @@ class OnnxRuntime:
                 f"ONNX Runtime {self.version} cannot load {path}: {error}; build the "
                 "bundle again, or install the version that it was checked with"
             ) from error
-        return OnnxRuntimeGraph(session)
+        return OnnxRuntimeGraph(session, weights=values)
 
     def zeros(self, shape: Sequence[int], dtype: str) -> HostTensor:
         return HostTensor(np.zeros(tuple(shape), dtype))

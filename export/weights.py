@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,7 +20,8 @@ from meancache_trt.meancache.hashing import sha256_of, verified_sha256
 
 _PREFIX = "network."  # a wrapper's modules hold diffusers' own model under this name
 
-# What a link(2) may fail with where a copy works: other file system, no links there, or too many.
+# What a link(2) may fail with where another way works: other file system, another's file, no links
+# there, or too many.
 _NOT_LINKABLE = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
 
 
@@ -81,22 +82,25 @@ def count_bytes(model: ir.Model) -> tuple[int, int]:
 
 
 def place(source: Path, target: Path, placement: WeightPlacement) -> bool:
-    """Put a weight file at `target`; true where it is a hard link to `source`.
+    """Put a weight file at `target`; true where its bytes stay the checkpoint's.
 
-    "link" copies where the file system cannot link. Links are made to the real file, since
-    a hub snapshot's entries are symbolic links, which runtimes refuse.
+    "link" makes a hard link, which every runtime reads and which outlives the checkpoint's folder;
+    to another file system a symbolic link; where there are neither, a copy. Links are made to the
+    real file, since a hub snapshot's entries are symbolic links themselves.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    if placement == "link" and _link(source.resolve(), target):
-        return True
+    if placement == "link":
+        for link in (os.link, os.symlink):
+            if _linked(link, source.resolve(), target):
+                return True
     shutil.copyfile(source, target)
     return False
 
 
-def _link(source: Path, target: Path) -> bool:
+def _linked(link: Callable[[Path, Path], None], source: Path, target: Path) -> bool:
     try:
-        os.link(source, target)
+        link(source, target)
     except OSError as error:
         if error.errno in _NOT_LINKABLE:
             return False

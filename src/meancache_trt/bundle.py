@@ -302,8 +302,9 @@ def _check_file(path: Path, record: FileRecord | Addition, *, is_full_check: boo
         is_weights = path.suffix == ".safetensors"
         found = verified_sha256(path) if is_weights and not is_full_check else sha256_of(path)
     except OSError as error:
+        what = f"{path}, a link to {path.readlink()}" if path.is_symlink() else f"{path}"
         raise BundleError(
-            f"the bundle lacks {path}: {error.strerror}; restore the file or build the bundle again"
+            f"the bundle lacks {what}: {error.strerror}; restore the file or build the bundle again"
         ) from error
     if found != record.sha256:
         raise BundleError(

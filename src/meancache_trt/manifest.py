@@ -44,7 +44,8 @@ class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class WeightFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A safetensors file that a graph's initialisers point into.
 
-    `path` is relative to the bundle; `is_linked` where it shares the checkpoint's disk blocks.
+    `path` is relative to the bundle; `is_linked` where it is the checkpoint's own, by a hard
+    link, or a symbolic one to another file system.
     """
 
     path: str

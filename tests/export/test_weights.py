@@ -64,17 +64,27 @@ def test_copy_over_an_earlier_link_leaves_the_checkpoint_alone(
     assert not target.samefile(source)
 
 
-def refuse_links(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def refuse_links(monkeypatch: pytest.MonkeyPatch, code: int, kind: str = "link") -> None:
     def link(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, kind, link)
 
 
-def test_other_file_system_gets_a_copy(
+def test_another_file_system_gets_a_symbolic_link(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_links(monkeypatch, errno.EXDEV)
+    target = tmp_path / "out" / "model.safetensors"
+    assert place(source, target, "link")
+    assert target.readlink() == source.resolve()
+
+
+def test_file_system_without_links_gets_a_copy(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_links(monkeypatch, errno.EPERM)
+    refuse_links(monkeypatch, errno.EPERM, "symlink")
     target = tmp_path / "out" / "model.safetensors"
     assert not place(source, target, "link")
     assert target.read_bytes() == b"weights"
