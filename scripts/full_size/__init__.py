@@ -1,0 +1,1 @@
+"""Checkpoints of full size without their weights, to export as users would."""

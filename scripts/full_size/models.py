@@ -1,0 +1,220 @@
+"""Configurations of the published checkpoints, as in their repositories' config.json files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Config = Mapping[str, Any]
+
+_CLIP_L: Config = {
+    "architectures": ["CLIPTextModel"],
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 1,
+    "projection_dim": 768,
+    "vocab_size": 49408,
+}
+_T5_XXL: Config = {
+    "architectures": ["T5EncoderModel"],
+    "d_ff": 10240,
+    "d_kv": 64,
+    "d_model": 4096,
+    "dense_act_fn": "gelu_new",
+    "eos_token_id": 1,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": True,
+    "is_gated_act": True,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "t5",
+    "num_decoder_layers": 24,
+    "num_heads": 64,
+    "num_layers": 24,
+    "pad_token_id": 0,
+    "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32,
+    "tie_word_embeddings": False,
+    "vocab_size": 32128,
+}
+_QWEN_VL_7B: Config = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "model_type": "qwen2_5_vl",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
+    "tie_word_embeddings": False,
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+    "vocab_size": 152064,
+}
+_LLAMA_8B: Config = {
+    "architectures": ["LlamaModel"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128320,
+}
+
+_FLUX_DEV: Config = {
+    "_class_name": "FluxTransformer2DModel",
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
+}
+_FLUX_VAE: Config = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "force_upcast": True,
+    "in_channels": 3,
+    "latent_channels": 16,
+    "layers_per_block": 2,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
+_QWEN_IMAGE: Config = {
+    "_class_name": "QwenImageTransformer2DModel",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": 3584,
+    "num_attention_heads": 24,
+    "num_layers": 60,
+    "out_channels": 16,
+    "patch_size": 2,
+}
+_QWEN_VAE: Config = {
+    "_class_name": "AutoencoderKLQwenImage",
+    "attn_scales": [],
+    "base_dim": 96,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "z_dim": 16,
+}
+_HUNYUAN_VIDEO: Config = {
+    "_class_name": "HunyuanVideoTransformer3DModel",
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 16,
+    "mlp_ratio": 4.0,
+    "num_attention_heads": 24,
+    "num_layers": 20,
+    "num_refiner_layers": 2,
+    "num_single_layers": 40,
+    "out_channels": 16,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "pooled_projection_dim": 768,
+    "qk_norm": "rms_norm",
+    "rope_axes_dim": [16, 56, 56],
+    "rope_theta": 256.0,
+    "text_embed_dim": 4096,
+}
+_HUNYUAN_VAE: Config = {
+    "_class_name": "AutoencoderKLHunyuanVideo",
+    "block_out_channels": [128, 256, 512, 512],
+    "in_channels": 3,
+    "latent_channels": 16,
+    "layers_per_block": 2,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "scaling_factor": 0.476986,
+    "spatial_compression_ratio": 8,
+    "temporal_compression_ratio": 4,
+}
+_SCHEDULER: Config = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "num_train_timesteps": 1000,
+}
+
+
+@dataclass(frozen=True)
+class FullSize:
+    """A published checkpoint: its pipeline class, configurations by folder, a size to export."""
+
+    pipeline: str
+    transformer: Config
+    vae: Config
+    scheduler: Config
+    encoders: Mapping[str, Config]
+    size: Mapping[str, int]
+
+
+MODELS: Mapping[str, FullSize] = {
+    "FLUX.1-dev": FullSize(
+        pipeline="FluxPipeline",
+        transformer=_FLUX_DEV,
+        vae=_FLUX_VAE,
+        scheduler={
+            **_SCHEDULER,
+            "max_image_seq_len": 4096,
+            "max_shift": 1.15,
+            "shift": 3.0,
+            "use_dynamic_shifting": True,
+        },
+        encoders={"text_encoder": _CLIP_L, "text_encoder_2": _T5_XXL},
+        size={"height": 1024, "width": 1024},
+    ),
+    "Qwen-Image": FullSize(
+        pipeline="QwenImagePipeline",
+        transformer=_QWEN_IMAGE,
+        vae=_QWEN_VAE,
+        scheduler={
+            **_SCHEDULER,
+            "max_image_seq_len": 8192,
+            "max_shift": 0.9,
+            "shift": 1.0,
+            "shift_terminal": 0.02,
+            "use_dynamic_shifting": True,
+        },
+        encoders={"text_encoder": _QWEN_VL_7B},
+        size={"height": 1328, "width": 1328},
+    ),
+    "HunyuanVideo": FullSize(
+        pipeline="HunyuanVideoPipeline",
+        transformer=_HUNYUAN_VIDEO,
+        vae=_HUNYUAN_VAE,
+        scheduler={**_SCHEDULER, "shift": 7.0, "use_dynamic_shifting": False},
+        encoders={"text_encoder": _LLAMA_8B, "text_encoder_2": _CLIP_L},
+        size={"height": 720, "width": 1280, "frames": 129},
+    ),
+}
