@@ -106,12 +106,11 @@ class _Decoder(nn.Module):
         vae: Any = self.network
         unscaled = unpack(latent) / vae.config.scaling_factor + vae.config.shift_factor
         image: Tensor = vae.decode(unscaled, return_dict=False)[0]
-        # VaeImageProcessor.denormalize
-        return (image * 0.5 + 0.5).clamp(0, 1)
+        return image * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:
-    """Packed latent with rows and columns apart to pictures in [0, 1]."""
+    """Packed latent with rows and columns apart to pictures, black 0 and white 1, not clipped."""
     return _Decoder(vae)
 
 

@@ -182,14 +182,15 @@ class _Decoder(nn.Module):
         vae: Any = self.network
         # As QwenImagePipeline has it, where the second division rounds otherwise than a product.
         unscaled = unpack(latent)[:, :, None] / (1.0 / self.get_buffer("std"))
+        # AutoencoderKLQwenImage.decode clips a whole picture, but not the tiles that it blends.
         with _replaced(*_OF_ONE_FRAME):
-            image: Tensor = vae.decode(unscaled + self.get_buffer("mean"), return_dict=False)[0]
-        # VaeImageProcessor.denormalize
-        return (image[:, :, 0] * 0.5 + 0.5).clamp(0, 1)
+            hidden = vae.post_quant_conv(unscaled + self.get_buffer("mean"))
+            image: Tensor = vae.decoder(hidden)
+        return image[:, :, 0] * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:
-    """Packed latent with rows and columns apart to pictures in [0, 1]."""
+    """Packed latent with rows and columns apart to pictures, black 0 and white 1, not clipped."""
     return _Decoder(vae)
 
 
