@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from meancache_trt.errors import ExportError, InputError
-from meancache_trt.manifest import GridRule, Guidance, Resolution, Role, TensorRecord
+from meancache_trt.manifest import GridRule, Guidance, Resolution, Role, TensorRecord, Tiling
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,10 @@ class Wrapper(Protocol):
         """Noise to the loop's latent and the tables that depend on sizes only."""
 
     def decoder_graph(self, vae: torch.nn.Module) -> torch.nn.Module:
-        """The loop's latent to pictures or videos in [0, 1]."""
+        """The loop's latent to pictures or videos, black 0 and white 1, not clipped.
+
+        In one piece: where diffusers would decode in tiles, hosts call it for each tile.
+        """
 
     def reference_velocity(
         self,
@@ -118,8 +121,9 @@ class Family:
     `guidance_argument` and `text_tokens_argument` are what the diffusers pipeline calls them.
     `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`. `grid`
     and `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
-    pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything.
-    `float16_overflow` is where it was reported that the network's activations exceed float16.
+    pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
+    says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
+    it was reported that the network's activations exceed float16.
     """
 
     name: str
@@ -142,6 +146,7 @@ class Family:
     frames: Callable[[Configs], FrameRule] | None = None
     longest_text_tokens: int | None = None
     float16_overflow: str | None = None
+    tiling: Callable[[Configs], Tiling] | None = None
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

@@ -14,7 +14,8 @@ from meancache_trt.export.family import (
     setting,
 )
 from meancache_trt.export.packing import PACK
-from meancache_trt.manifest import Guidance, TensorRecord
+from meancache_trt.export.tiles import space_axes
+from meancache_trt.manifest import Guidance, TensorRecord, Tiling
 
 AXIS_POSITIONS = 512
 """Rows and columns of tokens that the prepare graph's RoPE tables cover: 8192 pixels in FLUX.1."""
@@ -22,6 +23,8 @@ AXIS_POSITIONS = 512
 PIPELINE_MAX_TEXT_TOKENS = 512
 """FluxPipeline.check_inputs refuses a longer max_sequence_length."""
 
+
+_VAE_SAMPLE_SIZE = 32  # AutoencoderKL's default
 
 _ROPE_AXES = (16, 56, 56)  # FluxTransformer2DModel's default; FLUX.1-dev's config.json omits it
 
@@ -137,6 +140,13 @@ def _signatures(configs: Configs) -> Signatures:
     return Signatures(_transformer(configs), _prepare(configs), _vae_decoder(configs))
 
 
+def _tiling(configs: Configs) -> Tiling:
+    # AutoencoderKL.__init__ and tiled_decode: tiles of the training size overlap by a quarter.
+    tile = int(configs["vae"].get("sample_size", _VAE_SAMPLE_SIZE))
+    unit, stride = _multiple(configs), tile - int(tile * 0.25)
+    return Tiling(space=space_axes(tile, stride, unit=unit, latent_axis=1, image_axis=2))
+
+
 def _wrapper() -> Wrapper:
     from meancache_trt.export import flux_torch  # noqa: PLC0415  torch must stay out of the spec
 
@@ -161,4 +171,5 @@ FLUX = Family(
     symbols=_symbols,
     signatures=_signatures,
     wrapper=_wrapper,
+    tiling=_tiling,
 )

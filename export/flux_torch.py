@@ -114,13 +114,12 @@ class _Decoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         vae: Any = self.network
         unscaled = unpack(latent) / vae.config.scaling_factor + vae.config.shift_factor
-        image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0].float()
-        # VaeImageProcessor.denormalize
-        return (image * 0.5 + 0.5).clamp(0, 1)
+        image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
+        return image.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:
-    """Packed latent with rows and columns apart to pictures in [0, 1]."""
+    """Packed latent with rows and columns apart to pictures, black 0 and white 1, not clipped."""
     return _Decoder(vae)
 
 

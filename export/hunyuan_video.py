@@ -14,7 +14,8 @@ from meancache_trt.export.family import (
     float32,
     setting,
 )
-from meancache_trt.manifest import Guidance, Role, TensorRecord
+from meancache_trt.export.tiles import causal_time_axis, space_axes
+from meancache_trt.manifest import Guidance, Role, TensorRecord, Tiling
 
 AXIS_POSITIONS = 512
 """Frames, rows and columns of tokens that the prepare graph's RoPE tables cover: 8192 pixels."""
@@ -25,6 +26,9 @@ GUIDANCE_UNITS = 1000.0
 _PIPELINE_FRAMES = 129  # HunyuanVideoPipeline.__call__, about five seconds
 _PIPELINE_TEXT_TOKENS = 256  # likewise, beyond the template that it cuts off
 _TRAINED_SIDE = 720  # the square among the sizes that HunyuanVideo's authors list
+
+# AutoencoderKLHunyuanVideo.__init__: the extent of a tile, and how far on the next one begins
+_TILE_FRAMES, _TILE_PIXELS = (16, 12), (256, 192)
 
 _ROPE_AXES = (16, 56, 56)  # HunyuanVideoTransformer3DModel's default
 
@@ -137,6 +141,15 @@ def _signatures(configs: Configs) -> Signatures:
     )
 
 
+def _tiling(configs: Configs) -> Tiling:
+    frames = _frames(configs).stride
+    pixels = int(setting(configs, "vae", "spatial_compression_ratio"))
+    return Tiling(
+        time=causal_time_axis(*_TILE_FRAMES, unit=frames, latent_axis=2, image_axis=2),
+        space=space_axes(*_TILE_PIXELS, unit=pixels, latent_axis=3, image_axis=3),
+    )
+
+
 def _wrapper() -> Wrapper:
     from meancache_trt.export import hunyuan_video_torch  # noqa: PLC0415  the spec has no torch
 
@@ -163,4 +176,5 @@ HUNYUAN_VIDEO = Family(
     wrapper=_wrapper,
     frames=_frames,
     float16_overflow="github.com/Tencent-Hunyuan/HunyuanVideo/issues/60",
+    tiling=_tiling,
 )

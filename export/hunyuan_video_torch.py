@@ -1,10 +1,10 @@
 """The wrapper of HunyuanVideo: modules to trace, and diffusers' own code as the oracle.
 
-The decoder works on the whole video at once. diffusers decodes a video of more than 13 frames in
-overlapping pieces of 17 and blends them (`use_framewise_decoding`), and in tiles of 256 pixels
-where `enable_tiling` was called. Neither is in the graph yet: beyond 13 frames its videos are not
-diffusers', and the memory that decoding needs grows with the square of latent frames x rows x
-columns (attention in the middle block), which no machine has at 720 x 1280 and 129 frames.
+The decoder graph decodes what it is given at once. diffusers decodes a video of more than 13 frames
+in overlapping pieces of 17 and blends them (`use_framewise_decoding`), and in tiles of 256 pixels
+where `enable_tiling` was called. Hosts do the same with one graph, by the record that the spec's
+`tiling` gives. Without tiles in space, the memory that decoding needs grows with the square of rows
+x columns (attention in the middle block).
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _middle(block: Any, hidden: Tensor) -> Tensor:
 
 
 class _Decoder(nn.Module):
-    """`AutoencoderKLHunyuanVideo.decode` in one piece, up to frames in [0, 1]."""
+    """`AutoencoderKLHunyuanVideo.decode` in one piece, and the frames' black to 0, white to 1."""
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
@@ -194,13 +194,12 @@ class _Decoder(nn.Module):
                 hidden = resnet(hidden)
             for upsampler in block.upsamplers or ():
                 hidden = _upsample(upsampler, hidden)
-        video: Tensor = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden))).float()
-        # VaeImageProcessor.denormalize
-        return (video * 0.5 + 0.5).clamp(0, 1)
+        video: Tensor = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden)))
+        return video.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:
-    """Latent to a video in [0, 1], in one piece."""
+    """Latent to a video in one piece, black 0 and white 1, not clipped."""
     return _Decoder(vae)
 
 

@@ -173,6 +173,7 @@ def _exported(
         scheduler=dict(configs["scheduler"]),
         parity=parity,
         frames_per_second=family.frames(configs).per_second if family.frames else None,
+        tiling=family.tiling(configs) if family.tiling else None,
     )
 
 

@@ -14,7 +14,8 @@ from meancache_trt.export.family import (
     setting,
 )
 from meancache_trt.export.packing import PACK
-from meancache_trt.manifest import Guidance, TensorRecord
+from meancache_trt.export.tiles import space_axes
+from meancache_trt.manifest import Guidance, TensorRecord, Tiling
 
 AXIS_POSITIONS = 512
 """Rows and columns of tokens that the prepare graph's RoPE tables cover: 8192 pixels."""
@@ -25,6 +26,8 @@ PIPELINE_MAX_TEXT_TOKENS = 1024
 _PIPELINE_TEXT_TOKENS = 512  # QwenImagePipeline.__call__, beyond the template that it cuts off
 _PIPELINE_SCALE = 4.0  # QwenImagePipeline.__call__, and the model card
 _TRAINED_SIDE = 1328  # the square among the sizes of the model card
+
+_TILE = (256, 192)  # AutoencoderKLQwenImage.__init__: a tile's pixels, and where the next begins
 
 _ROPE_AXES = (16, 56, 56)  # QwenImageTransformer2DModel's default
 
@@ -133,6 +136,11 @@ def _signatures(configs: Configs) -> Signatures:
     return Signatures(_transformer(configs), _prepare(configs), _vae_decoder(configs))
 
 
+def _tiling(configs: Configs) -> Tiling:
+    unit = _multiple(configs)
+    return Tiling(space=space_axes(*_TILE, unit=unit, latent_axis=1, image_axis=2))
+
+
 def _wrapper() -> Wrapper:
     from meancache_trt.export import qwen_image_torch  # noqa: PLC0415  the spec has no torch
 
@@ -159,4 +167,5 @@ QWEN_IMAGE = Family(
     symbols=_symbols,
     signatures=_signatures,
     wrapper=_wrapper,
+    tiling=_tiling,
 )

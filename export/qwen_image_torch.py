@@ -189,14 +189,14 @@ class _Decoder(nn.Module):
         # As QwenImagePipeline has it, where the second division rounds otherwise than a product.
         unscaled = unpack(latent)[:, :, None] / (1.0 / self.get_buffer("std"))
         unscaled = (unscaled + self.get_buffer("mean")).to(vae.dtype)
+        # AutoencoderKLQwenImage.decode clips a whole picture, but not the tiles that it blends.
         with _replaced(*_OF_ONE_FRAME):
-            image: Tensor = vae.decode(unscaled, return_dict=False)[0]
-        # VaeImageProcessor.denormalize
-        return (image[:, :, 0].float() * 0.5 + 0.5).clamp(0, 1)
+            image: Tensor = vae.decoder(vae.post_quant_conv(unscaled))[:, :, 0]
+        return image.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:
-    """Packed latent with rows and columns apart to pictures in [0, 1]."""
+    """Packed latent with rows and columns apart to pictures, black 0 and white 1, not clipped."""
     return _Decoder(vae)
 
 

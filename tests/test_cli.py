@@ -172,6 +172,15 @@ def test_rendering_twice_gives_the_same_bytes(run, shared_bundle, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_vae_tiling_is_passed_on_and_recorded(run, shared_bundle, tmp_path):
+    common = ("render", shared_bundle, "--prompt", PROMPT, "--schedule", "b6", "-o", tmp_path)
+    for flags, expected in (((), "False"), (("--vae-tiling",), "True")):
+        assert run(*common, *flags)[0] == 0
+        (path,) = tmp_path.glob("*.png")
+        with Image.open(path) as picture:
+            assert picture.info["vae_tiling"] == expected
+
+
 def test_encoded_prompts_render_as_texts_do(run, shared_bundle, tmp_path):
     file = tmp_path / "prompts.safetensors"
     assert run("encode", shared_bundle, "--prompt", PROMPT, "-o", file)[0] == 0

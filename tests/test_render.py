@@ -15,6 +15,8 @@ from meancache_trt import standins
 from meancache_trt.bundle import Bundle
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import BundleError, InputError, ScheduleError
+from meancache_trt.export.tiles import space_axes
+from meancache_trt.manifest import Tiling
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
 from meancache_trt.meancache.files import write_tensors
 from meancache_trt.meancache.schedule import (
@@ -95,17 +97,43 @@ def test_a_schedule_equals_the_diffusers_pipeline_with_our_scheduler(
     assert np.abs(found - expected).max() <= LATENT_TOLERANCE
 
 
-def test_pixels_equal_diffusers_decoding(pipeline, diffusers_pipeline):
-    found = pipeline.render([PROMPT], seed=SEED, schedule="b10")[0]
-    pipe = diffusers_pipeline
-    latent = pipe._unpack_latents(
-        torch.from_numpy(found.latent)[None], 64, 64, pipe.vae_scale_factor
-    )
+def diffusers_picture(pipe: FluxPipeline, packed: np.ndarray) -> np.ndarray:
+    latent = pipe._unpack_latents(torch.from_numpy(packed)[None], 64, 64, pipe.vae_scale_factor)
     latent = latent / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     with torch.inference_mode():
         picture = pipe.vae.decode(latent, return_dict=False)[0]
-    expected = pipe.image_processor.postprocess(picture, output_type="np")[0]
+    return pipe.image_processor.postprocess(picture, output_type="np")[0]
+
+
+def test_pixels_equal_diffusers_decoding(pipeline, diffusers_pipeline):
+    found = pipeline.render([PROMPT], seed=SEED, schedule="b10")[0]
+    expected = diffusers_picture(diffusers_pipeline, found.latent)
     assert np.abs(found.pixels - expected).max() <= 1e-4  # float32, another order of sums
+
+
+def test_vae_tiling_equals_diffusers_tiled_decoding(pipeline, diffusers_pipeline, monkeypatch):
+    tiles = Tiling(space=space_axes(32, 24, unit=8, latent_axis=1, image_axis=2))
+    export = msgspec.structs.replace(pipeline.bundle.export, tiling=tiles)
+    manifest = msgspec.structs.replace(pipeline.bundle.manifest, export=export)
+    vae = diffusers_pipeline.vae
+    monkeypatch.setattr(vae, "tile_sample_min_size", 32)
+    monkeypatch.setattr(vae, "tile_latent_min_size", 8)
+    monkeypatch.setattr(vae, "use_tiling", True)
+    with Pipeline(Bundle(pipeline.bundle.directory, manifest)) as own:
+        whole, tiled = (
+            own.render([PROMPT], seed=SEED, schedule="b6", vae_tiling=vae_tiling)[0]
+            for vae_tiling in (False, True)
+        )
+    expected = diffusers_picture(diffusers_pipeline, tiled.latent)
+    assert np.abs(tiled.pixels - expected).max() <= 1e-4  # float32, another order of sums
+    assert np.abs(whole.pixels - expected).max() > 1e-3
+
+
+def test_vae_tiling_leaves_a_picture_of_one_tile_whole(pipeline):
+    assert pipeline.bundle.export.tiling.space[0].tile * 8 == 64
+    whole = pipeline.render([PROMPT], seed=SEED, schedule="b6")[0]
+    asked_for = pipeline.render([PROMPT], seed=SEED, schedule="b6", vae_tiling=True)[0]
+    assert np.array_equal(asked_for.pixels, whole.pixels)
 
 
 def test_the_same_render_gives_the_same_file(pipeline, tmp_path):

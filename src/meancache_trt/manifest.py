@@ -23,7 +23,7 @@ Role = Literal[
     "velocity",  # dx/dsigma as the network gives it, or after guidance in the update graph
     "history",  # velocities evaluated before, youngest first
     "weights",  # (H,), one schedule row, the new velocity's weight first
-    "image",  # (B, 3, H, W), or (B, 3, frames, H, W) of a video, in [0, 1]
+    "image",  # (B, 3, H, W), or (B, 3, frames, H, W) of a video; hosts clip it to [0, 1]
 ]
 GuidanceRule = Literal["embedded", "classifier_free", "classifier_free_rescaled", "none"]
 _CLASSIFIER_FREE = ("classifier_free", "classifier_free_rescaled")
@@ -95,6 +95,39 @@ class Resolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode_shape: tuple[int, ...]
 
 
+class TiledAxis(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An axis along which a decoder is run on overlapping tiles, as diffusers does it.
+
+    The axis is `latent_axis` of the latent grid and `image_axis` of the image. Along it, a latent
+    of more than `longest_whole` positions is decoded in tiles of `tile` positions, each beginning
+    `stride` after the one before; the last ones are as short as the latent's end makes them. A
+    tile's first position decodes to `first_samples` pixels or frames and every other one to
+    `samples`. Of all tiles but the first, `dropped` samples at the head are thrown away; then its
+    first `blend` samples go over from the end of the tile before to the tile itself, linearly.
+    """
+
+    latent_axis: int
+    image_axis: int
+    longest_whole: int
+    tile: int
+    stride: int
+    samples: int
+    first_samples: int
+    dropped: int
+    blend: int
+
+
+class Tiling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Along which axes diffusers decodes in tiles.
+
+    `time`, if not null, is always tiled. `space`, rows and then columns, is tiled on request,
+    each tile in time by itself: all its axes where the latent is too long along any of them.
+    """
+
+    time: TiledAxis | None = None
+    space: tuple[TiledAxis, ...] = ()
+
+
 class Guidance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a guidance scale acts; `default_scale` is null where the model takes none.
 
@@ -142,7 +175,8 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     and the product rounded to float32. `grid` says what the pipeline hands its scheduler:
     "linspace" sigmas linspace(1, 1/T, T), "linspace_to_zero" linspace(1, 0, T + 1) without the
     0, or "count" T alone. `encoder_weights` are the text encoders' files under pipeline/.
-    `frames_per_second` is what a video model was trained at.
+    `frames_per_second` is what a video model was trained at. `tiling` is how the VAE decoder is
+    run in tiles; null where it is always run on the whole latent.
     """
 
     family: str
@@ -158,6 +192,7 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scheduler: dict[str, Any]
     parity: tuple[ParityRecord, ...]
     frames_per_second: float | None = None
+    tiling: Tiling | None = None
 
     def weight_files(self) -> list[WeightFile]:
         """Every weight file of the bundle, those of the prompt encoders last."""

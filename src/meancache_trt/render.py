@@ -38,7 +38,8 @@ _NOISE: dict[str, Callable[[int, Sequence[int]], NDArray[np.float32]]] = {
     "torch": torch_normal,
 }
 _PROVENANCE = ("seed", "noise", "schedule", "schedule_digest", "guidance_scale", "bundle_id")
-"""What a file says of its making besides the prompts; together they determine its pixels."""
+"""What a file says of its making, besides the prompts and whether the VAE's tiles were asked for;
+together they determine its pixels."""
 
 OnImage = Callable[[int, int, int, int], None]
 """(picture index, pictures, evaluations done, B), called after each evaluation."""
@@ -65,6 +66,7 @@ class Rendering:
     loop_ms: float
     frames_per_second: float | None = None
     negative_prompt: str | None = None
+    vae_tiling: bool = False
 
     @property
     def images(self) -> list[Image]:
@@ -92,6 +94,7 @@ class Rendering:
             info.add_itxt("negative_prompt", self.negative_prompt)
         for key in _PROVENANCE:
             info.add_text(key, str(getattr(self, key)))
+        info.add_text("vae_tiling", str(self.vae_tiling))
         first, *others = self.images
         with atomic_write(Path(path)) as temporary:
             first.save(
@@ -238,6 +241,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         noise: NoiseSource = "philox",
+        vae_tiling: bool = False,
         on_evaluation: OnImage | None = None,
     ) -> list[Rendering]:
         """Render one picture for each prompt.
@@ -256,6 +260,7 @@ class Pipeline:
             width: pixels; by default the bundle's.
             noise: "philox" is this project's generator, the same in every host; "torch" gives
                 diffusers' own noise for `torch.Generator("cpu").manual_seed(seed)`.
+            vae_tiling: decode in blended tiles as after `pipe.vae.enable_tiling()`: less memory.
             on_evaluation: called after each evaluation; an exception in it cancels.
         """
         seeds = _seeds(seed, _count(prompts))
@@ -276,6 +281,7 @@ class Pipeline:
                 conditioning.tensors,
                 scale,
                 _for_image(on_evaluation, index, len(seeds)),
+                vae_tiling=vae_tiling,
             )
             renderings.append(
                 Rendering(
@@ -291,6 +297,7 @@ class Pipeline:
                     loop_ms=batch.loop_ms,
                     frames_per_second=self.bundle.export.frames_per_second,
                     negative_prompt=negatives[0] if negatives else None,
+                    vae_tiling=vae_tiling,
                 )
             )
         return renderings

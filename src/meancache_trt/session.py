@@ -4,7 +4,8 @@
     latent ── loop: B x (transformer, update) ──▶ latent
     latent ── vae_decoder ──▶ pictures
 
-Each graph reads what the one before wrote, where it wrote it; nothing passes through the host.
+Each graph reads what the one before wrote, where it wrote it; nothing passes through the host but
+the tiles of a latent that is decoded in tiles.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.bundle import Bundle
+from meancache_trt.decoder import Decoder
 from meancache_trt.errors import RenderError, ScheduleError
 from meancache_trt.manifest import Component, Resolution, TensorRecord, batch_symbols
 from meancache_trt.meancache.loop import DenoisingLoop, Network, OnEvaluation
 from meancache_trt.meancache.runtime import Call, Graph, Runtime, Tensor
 from meancache_trt.meancache.schedule import Schedule
+from meancache_trt.tiling import levels
 
 WrapGraph = Callable[[Graph], Graph]
 
@@ -75,10 +78,7 @@ class Session:
         export = graphs.bundle.export
         self._graphs = graphs
         self._sizes = {**resolution.symbols, **batch_symbols(batch)}
-        self._prepare, self._decoder = (
-            export.components["prepare"],
-            export.components["vae_decoder"],
-        )
+        self._prepare = export.components["prepare"]
         transformer, update = export.components["transformer"], self._update_for(schedule)
         scales = {
             n: record for n, record in update.inputs.items() if record.role == "guidance_scale"
@@ -106,8 +106,9 @@ class Session:
             constants=self._constants(transformer),
             update_constants={name: self._inputs[name] for name in scales},
         )
-        self._image = self._tensor(self._decoder.outputs[self._decoder.output_named("image")])
-        self._calls = self._bind_prepare(), self._bind_decoder((batch, *resolution.decode_shape))
+        self._preparation = self._bind_prepare()
+        self._latent = self.loop.final.view((batch, *resolution.decode_shape))
+        self._decoders: dict[bool, Decoder] = {}
 
     def run(
         self,
@@ -115,6 +116,8 @@ class Session:
         conditioning: Mapping[str, NDArray[np.float32]],
         guidance_scale: float | None,
         on_evaluation: OnEvaluation | None = None,
+        *,
+        vae_tiling: bool = False,
     ) -> Batch:
         """Render a batch.
 
@@ -124,21 +127,22 @@ class Session:
                 that of the prompts, then that of the negative prompts.
             guidance_scale: None where the model takes none.
             on_evaluation: see `DenoisingLoop.run`.
+            vae_tiling: decode in tiles in space too, where the picture is larger than one.
 
         Raises:
+            InputError: for `vae_tiling` where the bundle has no tiles in space.
             RenderError: where a shape does not fit, or the result is not finite.
         """
-        prepare, decode = self._calls
+        decoder = self._decoder(vae_tiling=vae_tiling)
         self._write(noise, conditioning, guidance_scale)
-        prepare.enqueue()
+        self._preparation.enqueue()
         self._graphs.runtime.synchronize()
         start = time.perf_counter()
         self.loop.run(on_evaluation)
         self._graphs.runtime.synchronize()
         loop_ms = 1e3 * (time.perf_counter() - start)
         latents = self.loop.result()
-        decode.enqueue()
-        pictures = np.ascontiguousarray(np.moveaxis(self._image.read(), 1, -1))
+        pictures = np.ascontiguousarray(np.moveaxis(decoder.run(), 1, -1))
         return Batch(latents, pictures, loop_ms)
 
     def _write(
@@ -156,9 +160,11 @@ class Session:
                 case "conditioning" | "text_mask":
                     tensor.write(_named(conditioning, name))
 
+    def _shape(self, record: TensorRecord) -> list[int]:
+        return [self._sizes[d] if isinstance(d, str) else d for d in record.shape]
+
     def _tensor(self, record: TensorRecord) -> Tensor:
-        shape = [self._sizes[d] if isinstance(d, str) else d for d in record.shape]
-        return self._graphs.runtime.zeros(shape, record.dtype)
+        return self._graphs.runtime.zeros(self._shape(record), record.dtype)
 
     def _constants(self, transformer: Component) -> dict[str, Tensor]:
         return {name: self._inputs[name] for name in transformer.inputs if name in self._inputs}
@@ -181,13 +187,20 @@ class Session:
         }
         return self._graphs.graph(self._prepare).bind({**inputs, **outputs})
 
-    def _bind_decoder(self, shape: tuple[int, ...]) -> Call:
-        latent, image = (
-            self._decoder.input_named("latent_grid"),
-            self._decoder.output_named("image"),
-        )
-        tensors: dict[str, Tensor] = {latent: self.loop.final.view(shape), image: self._image}
-        return self._graphs.graph(self._decoder).bind(tensors)
+    def _decoder(self, *, vae_tiling: bool) -> Decoder:
+        """The decoder of one way to decode; made once, then kept."""
+        if vae_tiling not in self._decoders:
+            export = self._graphs.bundle.export
+            decoder = export.components["vae_decoder"]
+            self._decoders[vae_tiling] = Decoder(
+                self._graphs.runtime,
+                self._graphs.graph(decoder),
+                decoder,
+                latent=self._latent,
+                image_shape=self._shape(decoder.outputs[decoder.output_named("image")]),
+                levels=levels(export.tiling, is_space_tiled=vae_tiling),
+            )
+        return self._decoders[vae_tiling]
 
 
 def _named(conditioning: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:

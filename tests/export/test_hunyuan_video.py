@@ -203,6 +203,7 @@ def test_graphs_equal_diffusers_at_three_other_sizes(bundle: Bundle) -> None:
         assert len(found) == 3
         assert (FRAMES, HEIGHT, WIDTH, TEXT_TOKENS) not in found
         assert len({frames for frames, *_ in found}) == 3
+        assert max(found)[0] > 13  # which diffusers decodes in pieces
 
 
 def test_decoder_is_the_undivided_one_where_diffusers_would_divide(
@@ -216,7 +217,8 @@ def test_decoder_is_the_undivided_one_where_diffusers_would_divide(
     video = graphs.run("vae_decoder", {"latent": latent.numpy()})["video"]
     assert video.shape == (1, 3, 21, 24, 32)
     # other float32 convolution kernels than torch's; parity measures 4e-6
-    np.testing.assert_allclose(video, expected.numpy(), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(np.clip(video, 0, 1), expected.numpy(), rtol=0, atol=2e-5)
+    assert video.min() < 0  # the host clips, after blending
 
 
 def test_weight_bytes_stay_in_the_checkpoint(bundle: Bundle) -> None:

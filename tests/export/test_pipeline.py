@@ -117,9 +117,9 @@ def test_decoder_graph_is_what_the_pipeline_does_after_its_loop(
     image = graphs.run("vae_decoder", {"latent": grid})["image"]
 
     # other float32 convolution kernels than torch's; measured 1.2e-6
-    np.testing.assert_allclose(image, expected.numpy(), rtol=0, atol=1e-5)
-    assert image.min() >= 0
-    assert image.max() <= 1
+    np.testing.assert_allclose(np.clip(image, 0, 1), expected.numpy(), rtol=0, atol=1e-5)
+    # where the pipeline clips, the graph leaves it to the host, which may have to blend first
+    assert image.min() < 0
 
 
 def test_loop_over_the_graphs_ends_where_the_pipeline_does(

@@ -51,6 +51,11 @@ from meancache_trt.render import NoiseSource, Rendering, load
     show_default=True,
     help="philox: the same in every host; torch: as diffusers draws it for the seed.",
 )
+@click.option(
+    "--vae-tiling",
+    is_flag=True,
+    help="Decode large pictures in blended tiles, as diffusers' enable_tiling: in less memory.",
+)
 @options.backend
 @options.threads
 @options.as_json
@@ -67,6 +72,7 @@ def render(
     height: int | None,
     width: int | None,
     noise: NoiseSource,
+    vae_tiling: bool,
     backend: str,
     threads: int,
     as_json: bool,
@@ -92,6 +98,7 @@ def render(
                 height=height,
                 width=width,
                 noise=noise,
+                vae_tiling=vae_tiling,
                 on_evaluation=lambda image, images, done, budget: report(
                     image * budget + done, images * budget
                 ),
