@@ -61,6 +61,24 @@ class Signatures:
     vae_decoder: Signature
 
 
+@dataclass(frozen=True)
+class TextGraph:
+    """A text encoder of transformers that becomes a graph beside its weights.
+
+    `component` and `tokenizer` are folders of the checkpoint, `encoder_class` is transformers'. The
+    `signature` has the token ids as its input, as many as prompts are cut and padded to, and as its
+    output `field` of what the encoder returns, under the transformer's name for it.
+    `former_prefix` is what checkpoints of older versions have before each tensor's name.
+    """
+
+    component: str
+    tokenizer: str
+    encoder_class: str
+    field: str
+    signature: Callable[[Configs], Signature]
+    former_prefix: str = ""
+
+
 class Wrapper(Protocol):
     """The part of a family that needs torch.
 
@@ -112,7 +130,8 @@ class Family:
     """A model family as data.
 
     `pipelines` are the `_class_name`s of model_index.json that mean this family; the classes
-    are diffusers'. `text_components` are what prompts are encoded with. `multiple` is what
+    are diffusers'. `text_components` are what prompts are encoded with, `text_graphs` those
+    of them that become graphs. `multiple` is what
     height and width are multiples of, `longest_side` the largest of either, `default_side` what
     the model was trained at, all in pixels.
     `guidance_argument` and `text_tokens_argument` are what the diffusers pipeline calls them.
@@ -140,6 +159,7 @@ class Family:
     wrapper: Callable[[], Wrapper]
     frames: Callable[[Configs], FrameRule] | None = None
     longest_text_tokens: int | None = None
+    text_graphs: tuple[TextGraph, ...] = ()
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

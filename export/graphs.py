@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import msgspec
 import onnx_ir as ir
 from torch import nn
 
 from meancache_trt.export.checkpoint import check_tensors
-from meancache_trt.export.family import Signature, Size, frame_count
+from meancache_trt.export.encoders import EncoderModule, build_encoder, named_as_in_module
+from meancache_trt.export.family import Signature, Size, TextGraph, frame_count, resolved
 from meancache_trt.export.job import Job
+from meancache_trt.export.safetensors_file import StoredTensor
+from meancache_trt.export.tokenization import write_tokenizer
 from meancache_trt.export.trace import build_network, trace
 from meancache_trt.export.update import HISTORIES, update_graph, update_signature
 from meancache_trt.export.weights import (
@@ -47,6 +51,35 @@ def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
     job.report("VAE decoder graph")
     decoder = wrapper.decoder_graph(vae)
     yield "vae_decoder", _weighted(job, "vae", decoder, signatures.vae_decoder, "vae_decoder")
+
+
+def text_network(job: Job, text: TextGraph) -> nn.Module:
+    """A text encoder without weights. Raises `ExportError` where the checkpoint's do not fit it."""
+    folder = job.source.path / text.component
+    network = build_encoder(text.encoder_class, folder, job.precision.dtype)
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    check_tensors(text.component, _text_weights(job, text, network), expected)
+    return network
+
+
+def write_text_graph(
+    job: Job, text: TextGraph, network: nn.Module, folder: str, files: tuple[WeightFile, ...]
+) -> Component:
+    """Write a text encoder's graph and tokenizer into `folder`, where its weights `files` are."""
+    signature = text.signature(job.configs)
+    (ids,) = signature.inputs.values()
+    _, length = resolved(ids, {"batch": 1, "text_tokens": job.size.text_tokens})
+    tokenizer = write_tokenizer(job.source, text.tokenizer, job.root, folder, length)
+    weights = _text_weights(job, text, network)
+    model = _trace(job, EncoderModule(network, text.field), signature)
+    reference_weights(model, weights)
+    optimize(model)
+    written = _written(job, f"{folder}/model.onnx", model, signature, files)
+    return msgspec.structs.replace(written, tokenizer=tokenizer)
+
+
+def _text_weights(job: Job, text: TextGraph, network: nn.Module) -> dict[str, StoredTensor]:
+    return named_as_in_module(job.source.tensors(text.component), network, text.former_prefix)
 
 
 def _network(job: Job, part: str, class_name: str) -> nn.Module:

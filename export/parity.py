@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from meancache_trt.errors import ExportError, RuntimeUnavailableError
-from meancache_trt.export.family import Configs, Family, Signature, Size, frame_count, resolved
+from meancache_trt.export.encoders import load_encoder
+from meancache_trt.export.family import (
+    Configs,
+    Family,
+    Signature,
+    Size,
+    TextGraph,
+    frame_count,
+    resolved,
+)
 from meancache_trt.export.job import Job
 from meancache_trt.manifest import ParityRecord, TensorRecord, batch_symbols
 
@@ -24,7 +33,13 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 
-TOLERANCES = {"prepare": 0.0, "transformer": 1e-4, "vae_decoder": 1e-4}
+TOLERANCES = {
+    "prepare": 0.0,
+    "transformer": 1e-4,
+    "vae_decoder": 1e-4,
+    "text_encoder": 1e-4,
+    "text_encoder_2": 1e-4,
+}
 """Largest absolute difference. The prepare graph only moves numbers that diffusers computed; the
 others run float32 kernels unlike torch's (seven families measured at most 5e-5)."""
 
@@ -86,12 +101,13 @@ def _difference(found: Array, expected: Array) -> float:
 
 
 def check_parity(job: Job, graphs: Mapping[str, Path]) -> tuple[ParityRecord, ...]:
-    """Compare the prepare, transformer and VAE decoder graphs in ONNX Runtime on the CPU.
+    """Compare prepare, transformer, VAE decoder and text graphs in ONNX Runtime on the CPU.
 
     Loads the checkpoint's weights in float32. Raises `ExportError` where a graph differs by more
     than its tolerance, `RuntimeUnavailableError` without ONNX Runtime.
     """
-    return (*_transformer_records(job, graphs), _decoder_record(job, graphs))
+    records = [*_transformer_records(job, graphs), _decoder_record(job, graphs)]
+    return (*records, *(_text_record(job, graphs, text) for text in job.family.text_graphs))
 
 
 def _transformer_records(job: Job, graphs: Mapping[str, Path]) -> Iterator[ParityRecord]:
@@ -129,6 +145,33 @@ def _decoder_record(job: Job, graphs: Mapping[str, Path]) -> ParityRecord:
     )
     cases = parity_cases(job.family, job.configs, job.size)
     return _record(decoder, [(case, _random_feeds(signature, case)) for case in cases])
+
+
+def _text_record(job: Job, graphs: Mapping[str, Path], text: TextGraph) -> ParityRecord:
+    network: Any = load_encoder(text, job.source.path)
+    signature = text.signature(job.configs)
+    (ids,), (features,) = signature.inputs, signature.outputs
+    encoder = _Subject(
+        text.component,
+        _session(graphs[text.component]),
+        signature,
+        lambda feeds, _: {features: getattr(network(feeds[ids]), text.field)},
+    )
+    inputs = []
+    for batch, tokens in ((3, 7), (2, 13), (1, job.size.text_tokens)):
+        symbols = {"text_tokens": tokens, **batch_symbols(batch)}
+        case = Case(symbols, seed=batch, largest_timestep=0.0)
+        shape = resolved(signature.inputs[ids], symbols)
+        inputs.append((case, {ids: _random_ids(shape, network.config, case.seed)}))
+    return _record(encoder, inputs)
+
+
+def _random_ids(shape: tuple[int, ...], config: Any, seed: int) -> Array:
+    """Ids of the vocabulary, with an end token somewhere, which CLIP's pooling looks for."""
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(0, config.vocab_size, shape)
+    ids[np.arange(shape[0]), generator.integers(0, shape[1], shape[0])] = config.eos_token_id
+    return ids
 
 
 def _record(subject: _Subject, inputs: list[tuple[Case, Arrays]]) -> ParityRecord:

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meancache_trt.errors import ExportError
 from meancache_trt.export.checkpoint import Checkpoint, identity, resolve_checkpoint
@@ -13,6 +14,7 @@ from meancache_trt.export.family import (
     Configs,
     Family,
     Size,
+    TextGraph,
     check_size,
     default_frames,
     resolution,
@@ -21,6 +23,9 @@ from meancache_trt.export.job import Job, WeightPlacement
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Component, Exported, Model, ParityRecord, WeightFile
 from meancache_trt.meancache.hashing import verified_sha256
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PIPELINE_FOLDER = "pipeline"
 """Where a bundle keeps what prompts are encoded with, in diffusers layout."""
@@ -62,8 +67,10 @@ def export_components(
     check_size(family, configs, size)
     job = Job(source, family, configs, size, directory, weights, report)
     try:
+        text_networks = _text_networks(job)
         components = _write_graphs(job)
         encoders = _write_pipeline(job)
+        components |= _write_text_graphs(job, text_networks, encoders)
     except OSError as error:
         raise ExportError(
             f"the export cannot write {error.filename2 or error.filename or directory}: "
@@ -91,11 +98,31 @@ def _check_classes(family: Family, configs: Configs) -> None:
             )
 
 
+def _text_networks(job: Job) -> dict[str, nn.Module]:
+    """The text encoders that become graphs, without weights: damage is found before long work."""
+    for component in job.family.text_components:
+        job.source.tensors(component)
+    if not job.family.text_graphs:
+        return {}
+    from meancache_trt.export.graphs import text_network  # noqa: PLC0415  imports torch
+
+    for text in job.family.text_graphs:
+        _check_encoder_class(job, text)
+    return {text.component: text_network(job, text) for text in job.family.text_graphs}
+
+
+def _check_encoder_class(job: Job, text: TextGraph) -> None:
+    found = job.source.index.get(text.component)
+    if found != ["transformers", text.encoder_class]:
+        raise ExportError(
+            f"{text.component} is {found} in model_index.json; expected {text.encoder_class} of "
+            f"transformers, as the {job.family.name} family has; use an unmodified checkpoint"
+        )
+
+
 def _write_graphs(job: Job) -> dict[str, Component]:
     from meancache_trt.export.graphs import write_graphs  # noqa: PLC0415  imports torch
 
-    for component in job.family.text_components:
-        job.source.tensors(component)  # damage is found before the long work
     return dict(write_graphs(job))
 
 
@@ -114,6 +141,24 @@ def _write_pipeline(job: Job) -> tuple[WeightFile, ...]:
         folder = f"{PIPELINE_FOLDER}/{part}"
         weights += place_weights(source.weight_files(part), job.root, folder, job.placement)
     return tuple(weights)
+
+
+def _write_text_graphs(
+    job: Job, networks: Mapping[str, nn.Module], encoders: tuple[WeightFile, ...]
+) -> dict[str, Component]:
+    """Graphs of text encoders, beside the weights that `_write_pipeline` has placed."""
+    if not networks:
+        return {}
+    from meancache_trt.export.graphs import write_text_graph  # noqa: PLC0415  imports torch
+
+    written = {}
+    for text in job.family.text_graphs:
+        job.report(f"{text.component} graph")
+        folder = f"{PIPELINE_FOLDER}/{text.component}"
+        files = tuple(file for file in encoders if file.path.startswith(f"{folder}/"))
+        network = networks[text.component]
+        written[text.component] = write_text_graph(job, text, network, folder, files)
+    return written
 
 
 def _copy_small_files(source: Path, target: Path) -> None:
