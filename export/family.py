@@ -116,8 +116,11 @@ class Wrapper(Protocol):
         self, vae: torch.nn.Module, latent: torch.Tensor, symbols: Mapping[str, int]
     ) -> torch.Tensor: ...
 
-    def load_text_pipeline(self, directory: str) -> Any:
-        """The diffusers pipeline of a folder, with its text encoders alone, in float32."""
+    def load_text_pipeline(self, directory: str, dtype: Any) -> Any:
+        """The diffusers pipeline of a folder, with its text encoders alone.
+
+        `dtype` is torch's, or diffusers' mapping by component, such as {"default": "auto"}.
+        """
 
     def encode_prompts(
         self, pipeline: Any, prompts: Sequence[str], text_tokens: int
