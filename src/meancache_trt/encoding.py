@@ -41,8 +41,9 @@ def encoder_digest(bundle: Bundle) -> str:
     As in the checkpoint: graphs made of it are not part, so bundles with and without them agree.
     """
     parts = FAMILIES[bundle.export.family].text_components
-    made = {component.path for component in bundle.export.components.values()}
-    made |= {part.tokenizer.path for part in bundle.export.text_graphs().values() if part.tokenizer}
+    components = bundle.export.components.values()
+    made = {component.path for component in components}
+    made |= {part.tokenizer.path for part in components if part.tokenizer}
     folders = {PurePosixPath(PIPELINE_FOLDER, part) for part in parts}
     files = [
         (path, record.sha256)
@@ -85,10 +86,13 @@ class BundleEncoder:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of prompts, of which those in the cache need no encoder.
 
-        Raises `InputError` for no prompts at all, and what `GraphEncoder` and `PromptEncoder` do.
+        Raises `InputError` for no prompts at all or one that is no Unicode, and what
+        `GraphEncoder` and `PromptEncoder` do.
         """
         if not prompts:
             raise InputError("there are no prompts to encode; give at least one")
+        for prompt in prompts:
+            _check_unicode(prompt)
         made = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
         tensors = {
             name: np.concatenate([made[prompt][name] for prompt in prompts])
@@ -115,6 +119,16 @@ class BundleEncoder:
         if self._cache:
             self._cache.put(key, tensors)
         return tensors
+
+
+def _check_unicode(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8
+        raise InputError(
+            f"the prompt {prompt!r} is not Unicode text: {error.reason} at character "
+            f"{error.start}; give it in UTF-8"
+        ) from error
 
 
 @dataclass(frozen=True)
