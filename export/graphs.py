@@ -132,6 +132,8 @@ def _written(
     signature: Signature,
     files: tuple[WeightFile, ...] = (),
 ) -> Component:
+    for value in model.graph.outputs:  # the optimiser may give a dimension torch's name for it
+        value.shape = ir.Shape(signature.outputs[value.name or ""].shape)
     target = job.root / path
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))

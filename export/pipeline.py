@@ -66,8 +66,8 @@ def export_components(
     )
     check_size(family, configs, size)
     job = Job(source, family, configs, size, directory, weights, report)
+    text_networks = _text_networks(job)
     try:
-        text_networks = _text_networks(job)
         components = _write_graphs(job)
         encoders = _write_pipeline(job)
         components |= _write_text_graphs(job, text_networks, encoders)

@@ -206,6 +206,18 @@ def test_unknown_names_stay_for_the_check_to_see(saved: Path) -> None:
     assert named_as_in_module({"else": tensor}, network, "text_model.") == {"else": tensor}
 
 
+@pytest.mark.parametrize("text", [CLIP, T5])
+def test_graph_file_has_the_recorded_names_and_dimensions(folder: Path, text: TextGraph) -> None:
+    root, part = export(folder, text)
+    graph = onnx.load(root / part.path, load_external_data=False).graph
+    for values, records in ((graph.input, part.inputs), (graph.output, part.outputs)):
+        found = {
+            value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+            for value in values
+        }
+        assert found == {name: record.shape for name, record in records.items()}
+
+
 def test_graph_and_tokenizer_lie_beside_the_weights(folder: Path) -> None:
     root, part = export(folder, T5)
     assert part.tokenizer is not None
