@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from meancache_trt.engine.mapped_weights import has_linked_weights, mapped_weights
 from meancache_trt.errors import BundleError, RenderError, RuntimeUnavailableError
-from meancache_trt.meancache.runtime import Call, Graph, Tensor, TensorSpec
+from meancache_trt.meancache.runtime import Call, Tensor, TensorSpec
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -86,6 +86,11 @@ class OnnxRuntimeGraph:
         self.inputs = {value.name: _spec(value) for value in session.get_inputs()}
         self.outputs = {value.name: _spec(value) for value in session.get_outputs()}
 
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """All outputs, in memory of their own, for inputs of any size."""
+        names = list(self.outputs)
+        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+
     def bind(self, tensors: Mapping[str, Tensor]) -> Call:
         """Fix the memory of all inputs and outputs. Raises `RenderError` for a wrong fit."""
         expected = {**self.inputs, **self.outputs}
@@ -123,7 +128,7 @@ class OnnxRuntime:
         self.version = str(onnxruntime.__version__)
         self._threads = threads
 
-    def load(self, path: Path, *, is_light: bool = False) -> Graph:
+    def load(self, path: Path, *, is_light: bool = False) -> OnnxRuntimeGraph:
         """Load an ONNX file. Raises `BundleError` with the library's words where it refuses.
 
         A light graph runs on one thread: waking a second costs more than it saves.

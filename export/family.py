@@ -61,6 +61,26 @@ class Signatures:
     vae_decoder: Signature
 
 
+@dataclass(frozen=True)
+class TextGraph:
+    """A text encoder of transformers that becomes a graph beside its weights.
+
+    `component` and `tokenizer` are folders of the checkpoint, `encoder_class` is transformers'. The
+    `signature` has the token ids as its input, as many as prompts are cut and padded to, and as its
+    output `field` of what the encoder returns, under the transformer's name for it. `blocks` is as
+    in `Family`.
+    `former_prefix` is what checkpoints of older versions have before each tensor's name.
+    """
+
+    component: str
+    tokenizer: str
+    encoder_class: str
+    field: str
+    signature: Callable[[Configs], Signature]
+    blocks: Mapping[str, str]
+    former_prefix: str = ""
+
+
 class Wrapper(Protocol):
     """The part of a family that needs torch.
 
@@ -101,8 +121,11 @@ class Wrapper(Protocol):
         self, vae: torch.nn.Module, latent: torch.Tensor, symbols: Mapping[str, int]
     ) -> torch.Tensor: ...
 
-    def load_text_pipeline(self, directory: str) -> Any:
-        """The diffusers pipeline of a folder, with its text encoders alone, in float32."""
+    def load_text_pipeline(self, directory: str, dtype: Any) -> Any:
+        """The diffusers pipeline of a folder, with its text encoders alone.
+
+        `dtype` is torch's, or diffusers' mapping by component, such as {"default": "auto"}.
+        """
 
     def encode_prompts(
         self, pipeline: Any, prompts: Sequence[str], text_tokens: int
@@ -115,9 +138,12 @@ class Family:
     """A model family as data.
 
     `pipelines` are the `_class_name`s of model_index.json that mean this family; the classes
-    are diffusers'. `text_components` are what prompts are encoded with. `multiple` is what
+    are diffusers'. `text_components` are what prompts are encoded with, `text_graphs` those
+    of them that become graphs. `multiple` is what
     height and width are multiples of, `longest_side` the largest of either, `default_side` what
     the model was trained at, all in pixels.
+    `blocks` says of each kind of the transformer's repeated blocks which setting of its config.json
+    counts them and what their tensors' names begin with.
     `guidance_argument` and `text_tokens_argument` are what the diffusers pipeline calls them.
     `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`. `grid`
     and `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
@@ -129,6 +155,7 @@ class Family:
     name: str
     pipelines: tuple[str, ...]
     transformer_class: str
+    blocks: Mapping[str, str]
     vae_class: str
     text_components: tuple[str, ...]
     grid: GridRule
@@ -147,6 +174,7 @@ class Family:
     longest_text_tokens: int | None = None
     float16_overflow: str | None = None
     tiling: Callable[[Configs], Tiling] | None = None
+    text_graphs: tuple[TextGraph, ...] = ()
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

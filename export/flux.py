@@ -9,6 +9,7 @@ from meancache_trt.export.family import (
     Signature,
     Signatures,
     Size,
+    TextGraph,
     Wrapper,
     float32,
     setting,
@@ -104,13 +105,17 @@ def _text(configs: Configs) -> TensorRecord:
     return float32("conditioning", "batch", "text_tokens", features)
 
 
+def _pooled(configs: Configs) -> TensorRecord:
+    features = setting(configs, "transformer", "pooled_projection_dim")
+    return float32("conditioning", "batch", features)
+
+
 def _transformer(configs: Configs) -> Signature:
     packed = _latent_channels(configs) * PACK * PACK
-    pooled = setting(configs, "transformer", "pooled_projection_dim")
     inputs = {
         "hidden_states": float32("latent", "batch", "image_tokens", packed),
         "encoder_hidden_states": _text(configs),
-        "pooled_projections": float32("conditioning", "batch", pooled),
+        "pooled_projections": _pooled(configs),
         "timestep": float32("timestep", "batch"),
     }
     if _guidance(configs).rule == "embedded":
@@ -147,6 +152,40 @@ def _tiling(configs: Configs) -> Tiling:
     return Tiling(space=space_axes(tile, stride, unit=unit, latent_axis=1, image_axis=2))
 
 
+def _clip(configs: Configs) -> Signature:
+    # FluxPipeline pads to the tokenizer's limit, 77; the encoder knows no more positions.
+    positions = configs["text_encoder"].get("max_position_embeddings", 77)
+    tokens = min(configs["tokenizer"].get("model_max_length", positions), positions)
+    ids = TensorRecord("int64", ("batch", int(tokens)), "token_ids")
+    return Signature({"input_ids": ids}, {"pooled_projections": _pooled(configs)})
+
+
+def _t5(configs: Configs) -> Signature:
+    ids = TensorRecord("int64", ("batch", "text_tokens"), "token_ids")
+    return Signature({"input_ids": ids}, {"encoder_hidden_states": _text(configs)})
+
+
+_TEXT_GRAPHS = (
+    TextGraph(
+        component="text_encoder",
+        tokenizer="tokenizer",
+        encoder_class="CLIPTextModel",
+        field="pooler_output",
+        blocks={"num_hidden_layers": "encoder.layers."},
+        signature=_clip,
+        former_prefix="text_model.",
+    ),
+    TextGraph(
+        component="text_encoder_2",
+        tokenizer="tokenizer_2",
+        encoder_class="T5EncoderModel",
+        field="last_hidden_state",
+        blocks={"num_layers": "encoder.block."},
+        signature=_t5,
+    ),
+)
+
+
 def _wrapper() -> Wrapper:
     from meancache_trt.export import flux_torch  # noqa: PLC0415  torch must stay out of the spec
 
@@ -157,6 +196,10 @@ FLUX = Family(
     name="flux",
     pipelines=("FluxPipeline",),
     transformer_class="FluxTransformer2DModel",
+    blocks={
+        "num_layers": "transformer_blocks.",
+        "num_single_layers": "single_transformer_blocks.",
+    },
     vae_class="AutoencoderKL",
     text_components=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
     grid="linspace",
@@ -172,4 +215,5 @@ FLUX = Family(
     signatures=_signatures,
     wrapper=_wrapper,
     tiling=_tiling,
+    text_graphs=_TEXT_GRAPHS,
 )

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import msgspec
 import onnx_ir as ir
 from torch import nn
 
-from meancache_trt.export.checkpoint import check_tensors
-from meancache_trt.export.family import Signature, Size, frame_count
+from meancache_trt.export.family import Signature, Size, frame_count, resolved
 from meancache_trt.export.job import F32, Job, Precision
-from meancache_trt.export.optimize import optimize
-from meancache_trt.export.trace import build_network, trace
-from meancache_trt.export.update import HISTORIES, update_graph, update_signature
-from meancache_trt.export.weights import (
-    count_bytes,
-    place_weights,
-    reference_weights,
+from meancache_trt.export.networks import (
+    Network,
+    TextEncoder,
+    Transformer,
+    text_encoders,
+    transformer,
+    vae_decoder,
 )
+from meancache_trt.export.optimize import optimize
+from meancache_trt.export.safetensors_file import StoredTensor
+from meancache_trt.export.tokenization import write_tokenizer
+from meancache_trt.export.trace import trace
+from meancache_trt.export.update import HISTORIES, update_graph, update_signature
+from meancache_trt.export.weights import count_bytes, place_weights, reference_weights
 from meancache_trt.manifest import (
     Component,
-    TensorRecord,
+    WeightFile,
     batch_symbols,
     component_name,
 )
@@ -35,57 +39,88 @@ _TRACE_ROWS, _TRACE_COLUMNS, _TRACE_TEXT_TOKENS, _TRACE_BATCH = 5, 7, 11, 2
 _TRACE_LATENT_FRAMES = 3
 
 
-@dataclass(frozen=True)
-class _Network:
-    """A model of the checkpoint, and the graph with weights that is made of it.
-
-    `part` is its folder in the checkpoint, `component` the graph's name and folder in the bundle.
-    """
-
-    part: str
-    component: str
-    class_name: str
-    signature: Signature
-    graph: Callable[[nn.Module], AbstractContextManager[nn.Module]]
-
-
 def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
     """Write every graph of a job, with the weights beside it; name and record of each.
 
-    Weights are checked against config.json before anything is written.
+    All weights are checked before anything is written.
     """
-    wrapper, signatures = job.family.wrapper(), job.family.signatures(job.configs)
-    transformer = _Network(
-        "transformer",
-        "transformer",
-        job.family.transformer_class,
-        signatures.transformer,
-        wrapper.transformer_graph,
-    )
-    decoder = _Network(
-        "vae",
-        "vae_decoder",
-        job.family.vae_class,
-        signatures.vae_decoder,
-        lambda vae: nullcontext(wrapper.decoder_graph(vae)),
-    )
-    network, _ = (_built(job, model, F32) for model in (transformer, decoder))
+    network = transformer(job)
+    models = (network, vae_decoder(job), *text_encoders(job))
+    for model in models:
+        model.check()
+    for part in job.family.text_components:
+        job.source.tensors(part)
     job.root.mkdir(parents=True, exist_ok=True)
-    job.report("prepare graph")
-    preparation = wrapper.prepare_graph(network, job.configs)
-    yield "prepare", _unweighted(job, "prepare.onnx", preparation, signatures.prepare)
+    yield "prepare", _preparation(job, network)
     job.report("update graphs")
-    yield from _updates(job, signatures.prepare.outputs)
-    for model in (transformer, decoder):
-        yield from _weighted(job, model)
+    yield from _updates(job)
+    for model in models:
+        files = place_weights(
+            job.source.weight_files(model.part), job.root, model.folder, job.placement
+        )
+        for precision in model.precisions:
+            name = component_name(model.component, precision.dtype)
+            job.report(f"{name} graph")
+            yield name, _weighted(model, precision, files)
 
 
-def _built(job: Job, model: _Network, precision: Precision) -> nn.Module:
-    """The model without weights, after a check that the checkpoint has those that it needs."""
-    network = build_network(model.class_name, job.configs[model.part], precision.dtype)
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    check_tensors(model.part, job.source.tensors(model.part), expected)
-    return network
+def write_sample(model: Network, target: Path) -> None:
+    """Write the float32 graph of one block of each kind, beside the weights that are in place."""
+    graph = _traced(model, F32, sampled_tensors(model), depth=1)
+    target.write_bytes(ir.to_proto(graph).SerializeToString())
+
+
+def sampled_tensors(model: Network) -> dict[str, StoredTensor]:
+    """The weights of a model with one block of each kind: the first ones, and all around them."""
+    prefixes = tuple(model.blocks.values())
+    firsts = tuple(f"{prefix}0." for prefix in prefixes)
+    return {
+        name: tensor
+        for name, tensor in model.tensors.items()
+        if name.startswith(firsts) or not name.startswith(prefixes)
+    }
+
+
+def _preparation(job: Job, model: Transformer) -> Component:
+    job.report("prepare graph")
+    signature = job.family.signatures(job.configs).prepare
+    module = job.family.wrapper().prepare_graph(model.empty(F32.dtype), job.configs)
+    graph = _trace(job, module, signature, F32)
+    optimize(graph)
+    return _written(job, "prepare.onnx", graph, signature)
+
+
+def _weighted(model: Network, precision: Precision, files: tuple[WeightFile, ...]) -> Component:
+    graph = _traced(model, precision, model.tensors)
+    file = "model.onnx" if precision == F32 else f"model.{precision.dtype}.onnx"
+    path = f"{model.folder}/{file}"
+    component = _written(model.job, path, graph, model.signature, precision)
+    component = msgspec.structs.replace(component, weights=files)
+    if isinstance(model, TextEncoder) and precision == F32:
+        return _with_tokenizer(model, component)
+    return component
+
+
+def _traced(
+    model: Network,
+    precision: Precision,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    depth: int | None = None,
+) -> ir.Model:
+    with model.traceable(model.empty(precision.dtype, depth=depth)) as module:
+        graph = _trace(model.job, module, model.signature, precision)
+    reference_weights(graph, tensors)
+    optimize(graph)
+    return graph
+
+
+def _with_tokenizer(model: TextEncoder, component: Component) -> Component:
+    job = model.job
+    (ids,) = model.signature.inputs.values()
+    _, length = resolved(ids, {"batch": 1, "text_tokens": job.size.text_tokens})
+    tokenizer = write_tokenizer(job.source, model.text.tokenizer, job.root, model.folder, length)
+    return msgspec.structs.replace(component, tokenizer=tokenizer)
 
 
 def _trace(job: Job, module: nn.Module, signature: Signature, precision: Precision) -> ir.Model:
@@ -96,54 +131,28 @@ def _trace(job: Job, module: nn.Module, signature: Signature, precision: Precisi
     return trace(module, signature, symbols, opset=precision.opset)
 
 
-def _unweighted(job: Job, path: str, module: nn.Module, signature: Signature) -> Component:
-    model = _trace(job, module, signature, F32)
-    optimize(model)
-    return _written(job, path, model, signature)
-
-
-def _weighted(job: Job, model: _Network) -> Iterator[tuple[str, Component]]:
-    """The graph in each precision, in one folder with the weights that all of them point into."""
-    stored = job.source.tensors(model.part)
-    sources = job.source.weight_files(model.part)
-    files = place_weights(sources, job.root, model.component, job.placement)
-    for precision in job.precisions:
-        name = component_name(model.component, precision.dtype)
-        job.report(f"{name} graph")
-        with model.graph(_built(job, model, precision)) as module:
-            graph = _trace(job, module, model.signature, precision)
-        reference_weights(graph, stored)
-        optimize(graph)
-        path = f"{model.component}/{_graph_file(precision)}"
-        component = _written(job, path, graph, model.signature, precision)
-        yield name, msgspec.structs.replace(component, weights=files)
-
-
-def _graph_file(precision: Precision) -> str:
-    return "model.onnx" if precision == F32 else f"model.{precision.dtype}.onnx"
-
-
-def _updates(job: Job, prepared: Mapping[str, TensorRecord]) -> Iterator[tuple[str, Component]]:
-    rule = job.family.guidance(job.configs).rule
-    latent = next(record for record in prepared.values() if record.role == "latent")
+def _updates(job: Job) -> Iterator[tuple[str, Component]]:
+    rule, prepared = (
+        job.family.guidance(job.configs).rule,
+        job.family.signatures(job.configs).prepare,
+    )
+    latent = next(record for record in prepared.outputs.values() if record.role == "latent")
     for history in HISTORIES:
         signature = update_signature(rule, latent, history)
-        model = ir.from_proto(update_graph(rule, signature, opset=F32.opset))
+        graph = ir.from_proto(update_graph(rule, signature, opset=F32.opset))
         name = f"update/h{history}"
-        yield name, _written(job, f"{name}.onnx", model, signature)
+        yield name, _written(job, f"{name}.onnx", graph, signature)
 
 
 def _written(
-    job: Job,
-    path: str,
-    model: ir.Model,
-    signature: Signature,
-    precision: Precision = F32,
+    job: Job, path: str, graph: ir.Model, signature: Signature, precision: Precision = F32
 ) -> Component:
+    for value in graph.graph.outputs:  # the optimiser may give a dimension torch's name for it
+        value.shape = ir.Shape(signature.outputs[value.name or ""].shape)
     target = job.root / path
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
-    total, shared = count_bytes(model)
+    target.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
+    total, shared = count_bytes(graph)
     return Component(
         path=path,
         inputs=signature.inputs,

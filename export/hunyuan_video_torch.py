@@ -238,10 +238,10 @@ def reference_image(
     return (video * 0.5 + 0.5).clamp(0, 1)
 
 
-def load_text_pipeline(directory: str) -> Any:
-    """HunyuanVideoPipeline with its two tokenizers and text encoders, in float32 on the CPU."""
+def load_text_pipeline(directory: str, dtype: Any) -> Any:
+    """HunyuanVideoPipeline with its two tokenizers and text encoders, on the CPU."""
     return HunyuanVideoPipeline.from_pretrained(
-        directory, transformer=None, vae=None, dtype=torch.float32, local_files_only=True
+        directory, transformer=None, vae=None, dtype=dtype, local_files_only=True
     )
 
 

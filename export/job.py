@@ -10,6 +10,9 @@ from typing import Literal
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Configs, Family, Size
 
+PIPELINE_FOLDER = "pipeline"
+"""Where a bundle keeps what prompts are encoded with, in diffusers layout."""
+
 WeightPlacement = Literal["link", "copy"]
 
 

@@ -1,221 +1,249 @@
-"""Exported graphs against diffusers' own, unpatched modules with the checkpoint's weights."""
+"""Exported graphs against diffusers' and transformers' own modules with the checkpoint's weights.
+
+First the module computes what is expected of every input, then it is dropped and the graph is
+loaded: the weights are in memory once. Where even that does not fit, one block of each kind is
+compared instead of the whole network.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import diffusers
 import numpy as np
+import psutil
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from meancache_trt.errors import ExportError, RuntimeUnavailableError
-from meancache_trt.export.family import Configs, Family, Signature, Size, frame_count, resolved
+from meancache_trt.engine.onnxruntime import OnnxRuntime
+from meancache_trt.errors import ExportError
+from meancache_trt.export.graphs import sampled_tensors, write_sample
 from meancache_trt.export.job import Job
-from meancache_trt.manifest import ParityRecord, TensorRecord, batch_symbols
-from meancache_trt.tiling import Level, decode_tiled, levels
+from meancache_trt.export.networks import (
+    Network,
+    TextEncoder,
+    text_encoders,
+    transformer,
+    vae_decoder,
+)
+from meancache_trt.export.parity_inputs import (
+    Array,
+    Arrays,
+    Case,
+    parity_cases,
+    random_feeds,
+    random_ids,
+    text_cases,
+    with_prepared,
+)
+from meancache_trt.export.weights import load_tensors
+from meancache_trt.manifest import ParityRecord
+from meancache_trt.tiling import decode_tiled, levels
 
-if TYPE_CHECKING:
-    import onnxruntime
+Tensors = dict[str, torch.Tensor]
+Oracle = Callable[[nn.Module, Tensors, Mapping[str, int]], Tensors]
+Run = Callable[[Arrays], Arrays]
 
-Array = NDArray[Any]
-Arrays = dict[str, Array]
-
-TOLERANCES = {"prepare": 0.0, "transformer": 1e-4, "vae_decoder": 1e-4}
+TOLERANCES = {
+    "prepare": 0.0,
+    "transformer": 1e-4,
+    "vae_decoder": 1e-4,
+    "text_encoder": 1e-4,
+    "text_encoder_2": 1e-4,
+}
 """Largest absolute difference. The prepare graph only moves numbers that diffusers computed; the
 others run float32 kernels unlike torch's (seven families measured at most 5e-5)."""
 
-# Rows, columns, text tokens and latent frames of a video: wide, tall, and neither. Six latent
-# frames are two tiles in time of the decoder of HunyuanVideo.
-_GRIDS = ((2, 5, 7, 6), (9, 4, 13, 1), (3, 3, 16, 2))
+_BYTES_PER_PARAMETER = 6  # float32, and half as much again while it is read and repacked
 
 
-@dataclass(frozen=True)
-class Case:
-    """A size to compare at: its symbols, the batch included, and a seed for its inputs.
+def check_parity(job: Job, graphs: Mapping[str, Path]) -> tuple[ParityRecord, ...]:
+    """Compare prepare, transformer, VAE decoder and text graphs in ONNX Runtime on the CPU.
 
-    `largest_timestep` is what the network is fed at sigma 1.
+    Loads the checkpoint's weights in float32, of one network at a time, and of one that does not
+    fit in memory the first block of each kind. Raises `ExportError` where a graph differs by more
+    than its tolerance, `RuntimeUnavailableError` without ONNX Runtime.
     """
-
-    symbols: dict[str, int]
-    seed: int
-    largest_timestep: float
-
-
-def parity_cases(family: Family, configs: Configs, exported: Size) -> list[Case]:
-    """Three sizes, with a batch of 1, 2 and 3, none of them the exported one."""
-    unit, cases = family.multiple(configs), []
-    noisiest = configs["scheduler"].get("num_train_timesteps", 1000) * family.timestep_scale
-    for batch, (rows, columns, text_tokens, latent_frames) in enumerate(_GRIDS, start=1):
-        frames = frame_count(family, configs, latent_frames)
-        size = Size(rows * unit, columns * unit, text_tokens, frames)
-        if (size.height, size.width) == (exported.height, exported.width):
-            size = Size(size.height + unit, size.width, text_tokens, frames)
-        symbols = {**family.symbols(configs, size), **batch_symbols(batch)}
-        cases.append(Case(symbols, seed=batch, largest_timestep=noisiest))
-    return cases
+    runtime = OnnxRuntime()
+    return (
+        *_transformer_records(job, graphs, runtime),
+        _decoder_record(job, graphs, runtime),
+        *(_text_record(model, graphs, runtime) for model in text_encoders(job)),
+    )
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """A graph, its signature, and the function of torch tensors that it must equal."""
+class _Expected:
+    """What a graph is fed, and what the module of its library makes of it.
+
+    `blocks` are those compared, where it was not the whole network.
+    """
 
     component: str
-    session: onnxruntime.InferenceSession
-    signature: Signature
-    oracle: Callable[[dict[str, torch.Tensor], Mapping[str, int]], dict[str, torch.Tensor]]
+    inputs: list[tuple[Case, Arrays]]
+    outputs: list[Arrays]
+    blocks: tuple[str, ...] = ()
 
-    def run(self, feeds: Arrays) -> Arrays:
-        names = list(self.signature.outputs)
-        return dict(zip(names, self.session.run(names, feeds), strict=True))
+    def record(self, run: Run, runtime: OnnxRuntime) -> ParityRecord:
+        """Compare with what `run` makes of the same inputs."""
+        tolerance = TOLERANCES[self.component]
+        errors = [
+            _difference(run(feeds), expected)
+            for (_, feeds), expected in zip(self.inputs, self.outputs, strict=True)
+        ]
+        worst = float(np.max(errors))  # NaN stays NaN
+        if not worst <= tolerance:
+            raise ExportError(
+                f"the exported {self.component} differs from diffusers' by {worst:.2e}; expected "
+                f"at most {tolerance:.0e}. Please report it with the versions of torch and "
+                "diffusers"
+            )
+        return ParityRecord(
+            component=self.component,
+            max_abs_error=worst,
+            tolerance=tolerance,
+            sizes=tuple(case.symbols for case, _ in self.inputs),
+            runtime=f"onnxruntime {runtime.version} CPU",
+            blocks=self.blocks,
+        )
 
-    def error(self, feeds: Arrays, symbols: Mapping[str, int]) -> float:
+
+def _expected(
+    component: str,
+    network: nn.Module,
+    oracle: Oracle,
+    inputs: list[tuple[Case, Arrays]],
+    blocks: tuple[str, ...] = (),
+) -> _Expected:
+    outputs = []
+    for case, feeds in inputs:
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
         with torch.inference_mode():
-            expected = self.oracle(tensors, symbols)
-        found = self.run(feeds)
-        return max(_difference(found[name], expected[name].numpy()) for name in expected)
+            made = oracle(network, tensors, case.symbols)
+        outputs.append({name: value.numpy() for name, value in made.items()})
+    return _Expected(component, inputs, outputs, blocks)
 
 
-@dataclass(frozen=True)
-class _Decoder(_Subject):
-    """The decoder's graph as hosts run it: for each tile in time, and with what overshoots clipped.
-
-    So it must equal diffusers' own decoding of the whole latent, tiled where that is.
-    """
-
-    levels: tuple[Level, ...]
-
-    def run(self, feeds: Arrays) -> Arrays:
-        (latent,), (image,) = self.signature.inputs, self.signature.outputs
-
-        def decode(tile: Array) -> Array:
-            return super(_Decoder, self).run({latent: np.ascontiguousarray(tile)})[image]
-
-        return {image: np.clip(decode_tiled(feeds[latent], self.levels, decode), 0, 1)}
+def _difference(found: Arrays, expected: Arrays) -> float:
+    return max(_distance(found[name], value) for name, value in expected.items())
 
 
-def _difference(found: Array, expected: Array) -> float:
+def _distance(found: Array, expected: Array) -> float:
     if found.shape != expected.shape:
         return float("inf")
     return float(np.abs(found - expected).max())
 
 
-def check_parity(job: Job, graphs: Mapping[str, Path]) -> tuple[ParityRecord, ...]:
-    """Compare the prepare, transformer and VAE decoder graphs in ONNX Runtime on the CPU.
-
-    Loads the checkpoint's weights in float32. Raises `ExportError` where a graph differs by more
-    than its tolerance, `RuntimeUnavailableError` without ONNX Runtime.
-    """
-    return (*_transformer_records(job, graphs), _decoder_record(job, graphs))
-
-
-def _transformer_records(job: Job, graphs: Mapping[str, Path]) -> Iterator[ParityRecord]:
+def _transformer_records(
+    job: Job, graphs: Mapping[str, Path], runtime: OnnxRuntime
+) -> Iterator[ParityRecord]:
     wrapper, signatures = job.family.wrapper(), job.family.signatures(job.configs)
-    network = _load(job.family.transformer_class, job.source.path / "transformer")
     (velocity,) = signatures.transformer.outputs
-    prepare = _Subject(
-        "prepare",
-        _session(graphs["prepare"]),
-        signatures.prepare,
-        lambda feeds, symbols: wrapper.reference_preparation(network, feeds, symbols),
-    )
-    transformer = _Subject(
+    model = transformer(job)
+    prepare = runtime.load(graphs["prepare"])
+    noises, inputs = [], []
+    for case in parity_cases(job.family, job.configs, job.size):
+        feeds = random_feeds(signatures.transformer, case)
+        noise = random_feeds(signatures.prepare, case)
+        noises.append((case, noise))
+        inputs.append((case, with_prepared(signatures.transformer, feeds, prepare.run(noise))))
+    blocks = () if _fits(model) else _first_blocks(model)
+    network = _sample(model) if blocks else model.load()
+    preparation = _expected("prepare", network, wrapper.reference_preparation, noises)
+    velocities = _expected(
         "transformer",
-        _session(graphs["transformer"]),
-        signatures.transformer,
-        lambda feeds, symbols: {velocity: wrapper.reference_velocity(network, feeds, symbols)},
+        network,
+        lambda *call: {velocity: wrapper.reference_velocity(*call)},
+        inputs,
+        blocks,
     )
+    del network
+    yield preparation.record(prepare.run, runtime)
+    with _compared_graph(model, graphs, is_sample=bool(blocks)) as path:
+        yield velocities.record(runtime.load(path).run, runtime)
+
+
+def _decoder_record(job: Job, graphs: Mapping[str, Path], runtime: OnnxRuntime) -> ParityRecord:
+    """The decoder's graph as hosts run it: for each tile in time, and with overshoots clipped.
+
+    So it must equal diffusers' own decoding of the whole latent, tiled where that is.
+    """
+    wrapper, model = job.family.wrapper(), vae_decoder(job)
+    (latent,), (image,) = model.signature.inputs, model.signature.outputs
     cases = parity_cases(job.family, job.configs, job.size)
-    yield _record(prepare, [(case, _random_feeds(prepare.signature, case)) for case in cases])
-    yield _record(
-        transformer, [(case, _prepared_feeds(prepare, transformer, case)) for case in cases]
-    )
-
-
-def _decoder_record(job: Job, graphs: Mapping[str, Path]) -> ParityRecord:
-    wrapper, signature = job.family.wrapper(), job.family.signatures(job.configs).vae_decoder
-    vae = _load(job.family.vae_class, job.source.path / "vae")
-    (latent,), (image,) = signature.inputs, signature.outputs
-    tiling = job.family.tiling(job.configs) if job.family.tiling else None
-    decoder = _Decoder(
+    expected = _expected(
         "vae_decoder",
-        _session(graphs["vae_decoder"]),
-        signature,
-        lambda feeds, symbols: {image: wrapper.reference_image(vae, feeds[latent], symbols)},
-        levels(tiling, is_space_tiled=False),
+        model.load(),
+        lambda vae, feeds, symbols: {image: wrapper.reference_image(vae, feeds[latent], symbols)},
+        [(case, random_feeds(model.signature, case)) for case in cases],
     )
-    cases = parity_cases(job.family, job.configs, job.size)
-    return _record(decoder, [(case, _random_feeds(signature, case)) for case in cases])
+    graph = runtime.load(graphs["vae_decoder"])
+    tiling = job.family.tiling(job.configs) if job.family.tiling else None
+    chosen = levels(tiling, is_space_tiled=False)
+
+    def decode(tile: Array) -> Array:
+        return graph.run({latent: np.ascontiguousarray(tile)})[image]
+
+    def run(feeds: Arrays) -> Arrays:
+        return {image: np.clip(decode_tiled(feeds[latent], chosen, decode), 0, 1)}
+
+    return expected.record(run, runtime)
 
 
-def _record(subject: _Subject, inputs: list[tuple[Case, Arrays]]) -> ParityRecord:
-    tolerance = TOLERANCES[subject.component]
-    errors = [subject.error(feeds, case.symbols) for case, feeds in inputs]
-    worst = float(np.max(errors))  # NaN stays NaN
-    if not worst <= tolerance:
-        raise ExportError(
-            f"the exported {subject.component} differs from diffusers' by {worst:.2e}; expected at "
-            f"most {tolerance:.0e}. Please report it with the versions of torch and diffusers"
-        )
-    return ParityRecord(
-        component=subject.component,
-        max_abs_error=worst,
-        tolerance=tolerance,
-        sizes=tuple(case.symbols for case, _ in inputs),
-        runtime=f"onnxruntime {_onnxruntime().__version__} CPU",
+def _text_record(
+    model: TextEncoder, graphs: Mapping[str, Path], runtime: OnnxRuntime
+) -> ParityRecord:
+    (ids,), (features,) = model.signature.inputs, model.signature.outputs
+    blocks = () if _fits(model) else _first_blocks(model)
+    network: Any = _sample(model) if blocks else model.load()
+    expected = _expected(
+        model.component,
+        network,
+        lambda encoder, feeds, _: {features: getattr(encoder(feeds[ids]), model.text.field)},
+        [
+            (case, random_ids(model.signature, case, network.config))
+            for case in text_cases(model.job.size.text_tokens)
+        ],
+        blocks,
     )
+    del network
+    with _compared_graph(model, graphs, is_sample=bool(blocks)) as path:
+        return expected.record(runtime.load(path).run, runtime)
 
 
-def _random_feeds(signature: Signature, case: Case) -> Arrays:
-    generator = np.random.default_rng(case.seed)
-    return {name: _random(record, case, generator) for name, record in signature.inputs.items()}
+def _fits(model: Network) -> bool:
+    """Whether all of the weights fit in the memory at hand."""
+    parameters = sum(math.prod(tensor.shape) for tensor in model.tensors.values())
+    return bool(_BYTES_PER_PARAMETER * parameters <= psutil.virtual_memory().available)
 
 
-def _random(record: TensorRecord, case: Case, generator: np.random.Generator) -> Array:
-    shape = resolved(record, case.symbols)
-    if record.role == "timestep":
-        return generator.uniform(0, case.largest_timestep, shape).astype(record.dtype)
-    if record.role == "guidance_scale":
-        return generator.uniform(1, 6, shape).astype(record.dtype)
-    if record.role == "text_mask":
-        lengths = generator.integers(1, shape[1] + 1, (shape[0], 1))
-        return (np.arange(shape[1]) < lengths).astype(record.dtype)
-    return generator.standard_normal(shape).astype(record.dtype)
+def _first_blocks(model: Network) -> tuple[str, ...]:
+    return tuple(f"{prefix}0" for prefix in model.blocks.values())
 
 
-def _prepared_feeds(prepare: _Subject, transformer: _Subject, case: Case) -> Arrays:
-    """Random inputs, with the latent and the tables that the prepare graph makes."""
-    feeds = _random_feeds(transformer.signature, case)
-    given = {**_random_feeds(prepare.signature, case), **feeds}
-    made = prepare.run({name: given[name] for name in prepare.signature.inputs})
-    for name, record in transformer.signature.inputs.items():
-        if record.role == "prepared":
-            feeds[name] = made[name]
-    return feeds
+def _sample(model: Network) -> nn.Module:
+    """The model with one block of each kind, and the weights of the first ones, in float32."""
+    network = model.empty("float32", depth=1)
+    weights = load_tensors(sampled_tensors(model))
+    network.load_state_dict(weights, assign=True)
+    return network
 
 
-def _load(class_name: str, directory: Path) -> nn.Module:
-    network: nn.Module = getattr(diffusers, class_name).from_pretrained(
-        directory, local_files_only=True
-    )
-    return network.float().eval().requires_grad_(False)
-
-
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    return _onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
-
-
-def _onnxruntime() -> Any:
+@contextmanager
+def _compared_graph(
+    model: Network, graphs: Mapping[str, Path], *, is_sample: bool
+) -> Iterator[Path]:
+    whole = graphs[model.component]
+    if not is_sample:
+        yield whole
+        return
+    path = whole.with_name("sample.onnx")
     try:
-        import onnxruntime  # noqa: PLC0415  an export without a parity check does not need it
-    except ImportError as error:
-        raise RuntimeUnavailableError(
-            "the parity check runs the exported graphs in ONNX Runtime, which is not installed; "
-            "install meancache-trt[cpu], or export without the check"
-        ) from error
-    return onnxruntime
+        write_sample(model, path)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)

@@ -17,13 +17,17 @@ from meancache_trt.export.family import (
     default_frames,
     resolution,
 )
-from meancache_trt.export.job import F32, PRECISIONS, Job, Precision, WeightPlacement
+from meancache_trt.export.job import (
+    F32,
+    PIPELINE_FOLDER,
+    PRECISIONS,
+    Job,
+    Precision,
+    WeightPlacement,
+)
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Component, Exported, Model, ParityRecord, WeightFile
 from meancache_trt.meancache.hashing import verified_sha256
-
-PIPELINE_FOLDER = "pipeline"
-"""Where a bundle keeps what prompts are encoded with, in diffusers layout."""
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model")  # configurations and vocabularies
 
@@ -67,7 +71,7 @@ def export_components(
     job = Job(source, family, configs, size, directory, weights, report, wanted)
     try:
         components = _write_graphs(job)
-        encoders = _write_pipeline(job)
+        encoders = _write_pipeline(job, components)
     except OSError as error:
         raise ExportError(
             f"the export cannot write {error.filename2 or error.filename or directory}: "
@@ -116,13 +120,11 @@ def _check_classes(family: Family, configs: Configs) -> None:
 def _write_graphs(job: Job) -> dict[str, Component]:
     from meancache_trt.export.graphs import write_graphs  # noqa: PLC0415  imports torch
 
-    for component in job.family.text_components:
-        job.source.tensors(component)  # damage is found before the long work
     return dict(write_graphs(job))
 
 
-def _write_pipeline(job: Job) -> tuple[WeightFile, ...]:
-    """Configurations of every part, and whole prompt encoders."""
+def _write_pipeline(job: Job, components: Mapping[str, Component]) -> tuple[WeightFile, ...]:
+    """Configurations of every part, and whole prompt encoders; the encoders' weights."""
     from meancache_trt.export.weights import place_weights  # noqa: PLC0415  imports torch
 
     job.report("prompt encoders")
@@ -133,6 +135,9 @@ def _write_pipeline(job: Job) -> tuple[WeightFile, ...]:
         _copy_small_files(source.path / part, target / part)
     weights: list[WeightFile] = []
     for part in job.family.text_components:
+        if part in components:  # its graph has them beside it
+            weights += components[part].weights
+            continue
         folder = f"{PIPELINE_FOLDER}/{part}"
         weights += place_weights(source.weight_files(part), job.root, folder, job.placement)
     return tuple(weights)

@@ -151,6 +151,7 @@ QWEN_IMAGE = Family(
     name="qwen_image",
     pipelines=("QwenImagePipeline",),
     transformer_class="QwenImageTransformer2DModel",
+    blocks={"num_layers": "transformer_blocks."},
     vae_class="AutoencoderKLQwenImage",
     text_components=("tokenizer", "text_encoder"),
     grid="linspace",

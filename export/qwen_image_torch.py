@@ -247,10 +247,10 @@ def reference_image(vae: nn.Module, latent: Tensor, symbols: Mapping[str, int]) 
     return (image * 0.5 + 0.5).clamp(0, 1)
 
 
-def load_text_pipeline(directory: str) -> Any:
-    """QwenImagePipeline with its tokenizer and text encoder, in float32 on the CPU."""
+def load_text_pipeline(directory: str, dtype: Any) -> Any:
+    """QwenImagePipeline with its tokenizer and text encoder, on the CPU."""
     return QwenImagePipeline.from_pretrained(
-        directory, transformer=None, vae=None, dtype=torch.float32, local_files_only=True
+        directory, transformer=None, vae=None, dtype=dtype, local_files_only=True
     )
 
 

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
 from meancache_trt.errors import BundleError, InputError, RuntimeUnavailableError
 from meancache_trt.export.family import Family, Wrapper
 
+TextPrecision = Literal["float32", "checkpoint"]
+
 
 class PromptEncoder:
-    """A family's text encoders, loaded at the first use and kept.
+    """A family's text encoders in torch, loaded at the first use and kept.
 
     `directory` is a diffusers pipeline folder that has at least the family's text components.
+    `precision` "checkpoint" loads each encoder in the dtype in which it is stored.
     """
 
-    def __init__(self, family: Family, directory: Path, text_tokens: int) -> None:
+    def __init__(
+        self,
+        family: Family,
+        directory: Path,
+        text_tokens: int,
+        precision: TextPrecision = "float32",
+    ) -> None:
         self._family = family
         self._directory = directory
         self._text_tokens = text_tokens
+        self._precision = precision
         self._pipeline: Any = None
 
     def encode(self, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -39,8 +50,12 @@ class PromptEncoder:
         return self._encoded(wrapper, prompts)
 
     def _load(self, wrapper: Wrapper) -> Any:
+        import torch  # noqa: PLC0415  rendering from ready embeddings must not need it
+
+        dtype = torch.float32 if self._precision == "float32" else {"default": "auto"}
         try:
-            return wrapper.load_text_pipeline(str(self._directory))
+            with _no_progress_bars():
+                return wrapper.load_text_pipeline(str(self._directory), dtype)
         except (OSError, ValueError) as error:
             raise BundleError(
                 f"the prompt encoders in {self._directory} cannot be loaded: "
@@ -56,6 +71,23 @@ class PromptEncoder:
             name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
             for name, tensor in tensors.items()
         }
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep diffusers' and transformers' bars off the screen while encoders load."""
+    import diffusers.utils.logging  # noqa: PLC0415
+    import transformers.utils.logging  # noqa: PLC0415
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _wrapper(family: Family) -> Wrapper:

@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
+import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from meancache_trt.errors import ExportError
@@ -72,6 +74,17 @@ def _external(name: str, tensor: StoredTensor) -> ir.ExternalTensor:
         name=name,
         base_dir=tensor.file.parent,
     )
+
+
+def load_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    """Stored tensors in float32, by name."""
+    return {name: _load(tensor) for name, tensor in stored.items()}
+
+
+def _load(tensor: StoredTensor) -> torch.Tensor:
+    mapped = np.memmap(tensor.file, np.uint8, "c", tensor.offset, (tensor.length,))
+    typed = torch.from_numpy(mapped).view(getattr(torch, tensor.dtype)).reshape(tensor.shape)
+    return typed.to(torch.float32, copy=True)
 
 
 def count_bytes(model: ir.Model) -> tuple[int, int]:

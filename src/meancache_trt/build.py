@@ -33,7 +33,16 @@ STANDIN = "standin/"
 DEFAULT_BUDGETS = (15, 10)
 """The two budgets that the paper reports for FLUX.1."""
 
-_TOOLS = ("meancache-trt", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+_TOOLS = (
+    "meancache-trt",
+    "torch",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+)
 
 Note = Callable[[str], None]
 Report = Callable[[int, int], None]

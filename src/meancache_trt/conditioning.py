@@ -19,15 +19,20 @@ from meancache_trt.meancache.files import write_tensors
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: tensors by transformer input name, batch first, masks among them."""
+    """Encoded prompts: tensors by transformer input name, batch first, masks among them.
+
+    `encoder_digest` is the SHA-256 of what encoded them (`encoding.encoder_digest`), None where
+    that is not known.
+    """
 
     prompts: tuple[str, ...]
     tensors: Mapping[str, NDArray[Any]]
+    encoder_digest: str | None = None
 
     def select(self, index: int) -> Conditioning:
         """One of the prompts, as a batch of one."""
         tensors = {name: tensor[index : index + 1] for name, tensor in self.tensors.items()}
-        return Conditioning((self.prompts[index],), tensors)
+        return Conditioning((self.prompts[index],), tensors, self.encoder_digest)
 
     def followed_by(self, other: Conditioning) -> Conditioning:
         """These prompts and then the others, along the batch.
@@ -41,21 +46,26 @@ class Conditioning:
             )
         pairs = {name: (own, other.tensors[name]) for name, own in self.tensors.items()}
         tensors = {name: np.concatenate(pair) for name, pair in pairs.items()}
-        return Conditioning(self.prompts + other.prompts, tensors)
+        digest = self.encoder_digest if self.encoder_digest == other.encoder_digest else None
+        return Conditioning(self.prompts + other.prompts, tensors, digest)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape[1:] for name, tensor in sorted(self.tensors.items())}
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, atomically."""
-        write_tensors(Path(path), self.tensors, {"prompts": json.dumps(self.prompts)})
+        metadata = {"prompts": json.dumps(self.prompts)}
+        if self.encoder_digest is not None:
+            metadata["encoder_digest"] = self.encoder_digest
+        write_tensors(Path(path), self.tensors, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """Read what `save` wrote. Raises `InputError` where it is something else."""
         try:
             with safe_open(path, framework="numpy") as file:
-                prompts = msgspec.json.decode((file.metadata() or {})["prompts"], type=list[str])
+                metadata = file.metadata() or {}
+                prompts = msgspec.json.decode(metadata["prompts"], type=list[str])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(
@@ -67,7 +77,7 @@ class Conditioning:
                 f"expected as many embeddings as prompts in {path}, at least one, found "
                 f"{len(prompts)} prompts; make the file with `meancache-trt encode`"
             )
-        return cls(tuple(prompts), tensors)
+        return cls(tuple(prompts), tensors, metadata.get("encoder_digest"))
 
 
 def paired(positive: Conditioning, negative: Conditioning) -> list[Conditioning]:

@@ -17,6 +17,7 @@ Role = Literal[
     "latent_grid",  # the same memory, its token axis split as the decoder takes it
     "timestep",  # (B,), what the network is fed: a grid timestep times `timestep_scale`
     "guidance_scale",  # (B,)
+    "token_ids",  # (B, tokens), int64, what a component's tokenizer makes of the prompts
     "conditioning",  # from the prompt encoder, by name
     "text_mask",  # (B, text tokens), 1 for the prompt's and 0 for padding; also from the encoder
     "prepared",  # an output of the prepare graph, by name, for the transformer input of that name
@@ -54,10 +55,27 @@ class WeightFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_linked: bool
 
 
+class Tokenizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a prompt becomes the token ids that a text graph takes.
+
+    `path`, relative to the bundle, is a tokenizer.json that the tokenizers library executes as it
+    stands, cutting and padding included. The other fields say what it does there: `prefix`, the
+    prompt's ids, of which the last are cut where not all fit, and `suffix` (the end token) are
+    followed by `padding_id` up to `length` ids.
+    """
+
+    path: str
+    length: int
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    padding_id: int
+
+
 class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A graph file, its tensors by name, and where its weights are.
 
-    `weight_bytes` counts all initialisers, `shared_bytes` those that lie in `weights`.
+    `weight_bytes` counts all initialisers, `shared_bytes` those that lie in `weights`. A text
+    encoder has a `tokenizer`, which makes its token ids.
     """
 
     path: str
@@ -68,6 +86,7 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: tuple[WeightFile, ...] = ()
     weight_bytes: int = 0
     shared_bytes: int = 0
+    tokenizer: Tokenizer | None = None
 
     def input_named(self, role: Role) -> str:
         """The name of the only input with `role`; a `KeyError` where there is not exactly one."""
@@ -145,13 +164,17 @@ class Guidance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ParityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A graph against the unpatched module: largest absolute difference over `sizes`."""
+    """A graph against the unpatched module: largest absolute difference over `sizes`.
+
+    `blocks` are those that were compared of a network that did not fit in memory; else empty.
+    """
 
     component: str
     max_abs_error: float
     tolerance: float
     sizes: tuple[dict[str, int], ...]
     runtime: str
+    blocks: tuple[str, ...] = ()
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -169,9 +192,10 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that a host needs to know of an export.
 
     `components` has "transformer", "prepare", "vae_decoder" and "update/h1" to
-    "update/h64", and where they were asked for the graphs with weights in other precisions, such
-    as "transformer/bfloat16", with the same inputs and outputs; paths in it are relative to the
-    bundle. `timestep_scale` is applied in float64
+    "update/h64", and text encoders by their diffusers names where the family has graphs of them.
+    Where they were asked for there are graphs with weights in other precisions too, such as
+    "transformer/bfloat16", with the same inputs and outputs. Paths are relative to the bundle.
+    `timestep_scale` is applied in float64
     and the product rounded to float32. `grid` says what the pipeline hands its scheduler:
     "linspace" sigmas linspace(1, 1/T, T), "linspace_to_zero" linspace(1, 0, T + 1) without the
     0, or "count" T alone. `encoder_weights` are the text encoders' files under pipeline/.
@@ -195,9 +219,20 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tiling: Tiling | None = None
 
     def weight_files(self) -> list[WeightFile]:
-        """Every weight file of the bundle, those of the prompt encoders last."""
+        """Every weight file of the bundle, once each."""
         parts = [file for component in self.components.values() for file in component.weights]
         return list(dict.fromkeys([*parts, *self.encoder_weights]))
+
+    def text_graphs(self) -> dict[str, Component]:
+        """The text encoders by name where they make all conditioning that the transformer takes.
+
+        Empty where they do not: prompts are then encoded by torch.
+        """
+        graphs = {name: part for name, part in self.components.items() if part.tokenizer}
+        made = {output for part in graphs.values() for output in part.outputs}
+        transformer = self.components["transformer"].inputs
+        wanted = {*_named(transformer, "conditioning"), *_named(transformer, "text_mask")}
+        return graphs if wanted <= made else {}
 
     def update_for(self, history: int) -> Component:
         """The smallest update graph that holds `history` velocities; `KeyError` where none does."""

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.conditioning import Conditioning, paired
+from meancache_trt.embedding_cache import open_cache
+from meancache_trt.encoding import BundleEncoder
 from meancache_trt.engine.select import open_runtime
 from meancache_trt.errors import BundleError, InputError, ScheduleError
-from meancache_trt.export.registry import FAMILIES
-from meancache_trt.export.text import PromptEncoder
+from meancache_trt.export.text import TextPrecision
 from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.files import atomic_write, encode_json
 from meancache_trt.meancache.hashing import digest_of
@@ -108,14 +109,24 @@ class Rendering:
 
 
 class Pipeline:
-    """A bundle on a backend. A context manager; not thread-safe."""
+    """A bundle on a backend. A context manager; not thread-safe. `load` explains the arguments."""
 
-    def __init__(self, bundle: Bundle, *, backend: str = "auto", threads: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: str = "auto",
+        threads: int = 0,
+        embedding_cache: Path | str | None = None,
+        text_precision: TextPrecision = "float32",
+    ) -> None:
         self.bundle = bundle
         self.runtime = open_runtime(backend, threads=threads)
         self.graphs = Graphs(bundle, self.runtime)
         self._sessions: dict[tuple[Schedule, tuple[int, ...]], Session] = {}
-        self._encoder: PromptEncoder | None = None
+        self._encoder = BundleEncoder(
+            self.graphs, precision=text_precision, cache=open_cache(embedding_cache)
+        )
 
     def __enter__(self) -> Self:
         self.runtime.__enter__()
@@ -131,12 +142,12 @@ class Pipeline:
         self.runtime.__exit__(kind, error, trace)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts with the bundle's text encoders; needs torch and transformers."""
-        export = self.bundle.export
-        if self._encoder is None:
-            directory = self.bundle.directory / "pipeline"
-            self._encoder = PromptEncoder(FAMILIES[export.family], directory, export.text_tokens)
-        return Conditioning(tuple(prompts), self._encoder.encode(prompts))
+        """Encode prompts with the bundle's text encoders, each once; see `load` for the cache.
+
+        Needs torch and transformers where the bundle has no graphs of all its text encoders.
+        Raises `InputError` for no prompts, `RuntimeUnavailableError` for a missing package.
+        """
+        return self._encoder.encode(prompts)
 
     def grid(self, steps: int) -> SigmaGrid:
         """The grid that the checkpoint's own pipeline would use with this many steps."""
@@ -314,11 +325,17 @@ class Pipeline:
                 "this model has no classifier-free guidance, so a negative prompt would have no "
                 "effect; leave it out"
             )
-        positive = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
+        positive = self._conditioning(prompts)
         if not is_guided:
             return [positive.select(index) for index in range(len(positive.prompts))]
         texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-        return paired(positive, texts if isinstance(texts, Conditioning) else self.encode(texts))
+        return paired(positive, self._conditioning(texts))
+
+    def _conditioning(self, prompts: Sequence[str] | Conditioning) -> Conditioning:
+        if not isinstance(prompts, Conditioning):
+            return self.encode(prompts)
+        self._encoder.check(prompts)
+        return prompts
 
     def _find(self, schedule: str | int | Path | None) -> Schedule:
         schedules = [self.bundle.schedule(name) for name in self.bundle.schedule_names()]
@@ -358,6 +375,8 @@ def load(
     backend: str = "auto",
     threads: int = 0,
     is_full_check: bool = False,
+    embedding_cache: Path | str | None = None,
+    text_precision: TextPrecision = "float32",
 ) -> Pipeline:
     """Open a bundle for rendering; use it in a `with` block.
 
@@ -366,13 +385,23 @@ def load(
         backend: "auto" or a name that `meancache-trt doctor` lists.
         threads: cores that one graph may use; 0 means all.
         is_full_check: hash the weights even where their size and times are unchanged.
+        embedding_cache: the directory where encoded prompts are kept, at most 1 GiB of them; by
+            default in the user's cache directory, "off" for none.
+        text_precision: "checkpoint" has torch load the text encoders in the dtype in which they
+            are stored, also where the bundle has graphs of them: less memory, rounded embeddings.
 
     Raises:
         BundleError: where it is damaged or no bundle.
         RuntimeUnavailableError: where the backend cannot run here.
     """
     opened = Bundle.open(bundle, is_full_check=is_full_check)
-    return Pipeline(opened, backend=backend, threads=threads)
+    return Pipeline(
+        opened,
+        backend=backend,
+        threads=threads,
+        embedding_cache=embedding_cache,
+        text_precision=text_precision,
+    )
 
 
 def _count(prompts: Sequence[str] | Conditioning) -> int:

@@ -7,17 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import FluxTransformer2DModel
+from transformers import T5EncoderModel
 
 from meancache_trt.errors import ExportError, RuntimeUnavailableError
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Size
 from meancache_trt.export.flux import FLUX
 from meancache_trt.export.job import Job
-from meancache_trt.export.parity import check_parity, parity_cases
+from meancache_trt.export.parity import check_parity
+from meancache_trt.export.parity_inputs import parity_cases
 from meancache_trt.manifest import Exported
 from tests.export.tiny_flux import randomize
 
-COMPONENTS = ("transformer", "vae", "scheduler", "tokenizer_2")
+COMPONENTS = ("transformer", "vae", "scheduler", *FLUX.text_components)
 
 
 def job(folder: Path, root: Path) -> Job:
@@ -49,6 +51,19 @@ def test_graph_of_other_weights_fails(
         check_parity(job(other, export_folder), graphs)
 
 
+def test_text_graph_of_other_weights_fails(
+    flux_folder: Path, export_folder: Path, exported: Exported, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(flux_folder, other)
+    encoder = T5EncoderModel.from_pretrained(other / "text_encoder_2")
+    randomize(encoder, seed=9)
+    encoder.save_pretrained(other / "text_encoder_2")
+    graphs = {name: export_folder / part.path for name, part in exported.components.items()}
+    with pytest.raises(ExportError, match=r"text_encoder_2 differs from .* by .* at most"):
+        check_parity(job(other, export_folder), graphs)
+
+
 def test_missing_runtime_is_told_with_the_remedy(
     flux_folder: Path,
     export_folder: Path,
@@ -57,7 +72,7 @@ def test_missing_runtime_is_told_with_the_remedy(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     graphs = {name: export_folder / part.path for name, part in exported.components.items()}
-    with pytest.raises(RuntimeUnavailableError, match=r"install meancache-trt\[cpu\]"):
+    with pytest.raises(RuntimeUnavailableError, match=r"meancache-trt\[cpu\]"):
         check_parity(job(flux_folder, export_folder), graphs)
 
 
@@ -66,6 +81,8 @@ def test_recorded_errors_are_finite_and_within_tolerance(exported: Exported) -> 
         "prepare",
         "transformer",
         "vae_decoder",
+        "text_encoder",
+        "text_encoder_2",
     ]
     for record in exported.parity:
         assert np.isfinite(record.max_abs_error)

@@ -333,6 +333,22 @@ def test_transformer_of_another_class_is_refused(altered: Path, tmp_path: Path) 
         export(altered, tmp_path / "out")
 
 
+def test_text_encoder_of_another_class_is_refused(altered: Path, tmp_path: Path) -> None:
+    path = altered / "model_index.json"
+    index = {**json.loads(path.read_text()), "text_encoder": ["transformers", "SiglipTextModel"]}
+    path.write_text(json.dumps(index))
+    with pytest.raises(ExportError, match=r"text_encoder is .*SiglipTextModel.*CLIPTextModel"):
+        export(altered, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_encoder_of_another_width_is_refused(altered: Path, tmp_path: Path) -> None:
+    change_config(altered, "text_encoder_2", d_model=64)
+    with pytest.raises(ExportError, match=r"text_encoder_2 tensor .* is \(.*\(.*64.*\)"):
+        export(altered, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_target_that_cannot_be_written_is_told(flux_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ExportError, match="cannot write"):

@@ -28,6 +28,7 @@ _PACKAGES = (
     "torch",
     "diffusers",
     "transformers",
+    "tokenizers",
     "onnx",
     "numpy",
 )

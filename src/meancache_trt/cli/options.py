@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from meancache_trt.engine.select import BACKENDS
+from meancache_trt.export.text import TextPrecision
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 backend = click.option(
@@ -44,6 +46,21 @@ guidance_scale = click.option(
 force = click.option("--force", is_flag=True, help="Redo what is already there.")
 model = click.argument("model")
 bundle = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+embedding_cache = click.option(
+    "--embedding-cache",
+    metavar="DIR|off",
+    help="Where encoded prompts are kept; by default the user's cache directory.",
+)
+text_precision = click.option(
+    "--text-precision",
+    type=click.Choice(get_args(TextPrecision)),
+    default="float32",
+    show_default=True,
+    help="checkpoint: torch loads the text encoders in their stored dtype, which takes less memory "
+    "and rounds.",
+)
 
 
 class NumberList(click.ParamType[tuple[int, ...]]):

@@ -11,9 +11,10 @@ from pathlib import Path
 import click
 
 from meancache_trt.cli import options
-from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
+from meancache_trt.cli.output import note, print_json, print_table, progress
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import InputError
+from meancache_trt.export.text import TextPrecision
 from meancache_trt.meancache.files import made_directory, read_bytes
 from meancache_trt.render import NoiseSource, Rendering, load
 
@@ -27,7 +28,7 @@ from meancache_trt.render import NoiseSource, Rendering, load
 @click.option(
     "--embeddings",
     type=click.Path(path_type=Path),
-    help="What `encode` wrote; rendering then needs no torch.",
+    help="What `encode` wrote; no text encoder is then needed.",
 )
 @click.option(
     "--negative-prompt",
@@ -58,6 +59,8 @@ from meancache_trt.render import NoiseSource, Rendering, load
 )
 @options.backend
 @options.threads
+@options.embedding_cache
+@options.text_precision
 @options.as_json
 def render(
     bundle: Path,
@@ -75,6 +78,8 @@ def render(
     vae_tiling: bool,
     backend: str,
     threads: int,
+    embedding_cache: str | None,
+    text_precision: TextPrecision,
     as_json: bool,
 ) -> None:
     """Render a picture for each prompt into a directory.
@@ -82,11 +87,15 @@ def render(
     The same bundle, prompt, seed and schedule always give the same file.
     """
     prompts = _prompts(texts, file, embeddings)
-    if embeddings is None:
-        hush_libraries()
     with (
         output_directory(output) as save,
-        load(bundle, backend=backend, threads=threads) as pipeline,
+        load(
+            bundle,
+            backend=backend,
+            threads=threads,
+            embedding_cache=embedding_cache,
+            text_precision=text_precision,
+        ) as pipeline,
     ):
         with progress("rendering") as report:
             renderings = pipeline.render(
@@ -114,12 +123,20 @@ def render(
     "--prompts", "file", type=click.Path(path_type=Path), help="A text file, one prompt a line."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File.")
-def encode(bundle: Path, texts: tuple[str, ...], file: Path | None, output: Path) -> None:
+@options.embedding_cache
+@options.text_precision
+def encode(
+    bundle: Path,
+    texts: tuple[str, ...],
+    file: Path | None,
+    output: Path,
+    embedding_cache: str | None,
+    text_precision: TextPrecision,
+) -> None:
     """Encode prompts into a safetensors file that `render --embeddings` takes."""
     prompts = _prompts(texts, file, None)
     assert isinstance(prompts, list)
-    hush_libraries()
-    with load(bundle) as pipeline:
+    with load(bundle, embedding_cache=embedding_cache, text_precision=text_precision) as pipeline:
         pipeline.encode(prompts).save(output)
     note(f"wrote {output}: {len(prompts)} prompts")
 

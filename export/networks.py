@@ -1,0 +1,180 @@
+"""The models of a checkpoint that become graphs: without weights to trace, with them as oracles."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import diffusers
+from torch import nn
+
+from meancache_trt.errors import ExportError
+from meancache_trt.export.checkpoint import check_tensors
+from meancache_trt.export.encoders import (
+    EncoderModule,
+    build_encoder,
+    load_encoder,
+    named_as_in_module,
+)
+from meancache_trt.export.family import Signature, TextGraph
+from meancache_trt.export.job import PIPELINE_FOLDER, Job, Precision
+from meancache_trt.export.safetensors_file import StoredTensor
+from meancache_trt.export.trace import build_network
+
+
+@dataclass(frozen=True)
+class Network(ABC):
+    """A model of the checkpoint, and the graph with weights that is made of it.
+
+    `part` is its folder in the checkpoint, `component` the graph's name, and `folder` where graph
+    and weights lie in the bundle. `blocks` says of each kind of repeated block which setting of
+    config.json counts them and what their tensors' names begin with.
+    """
+
+    job: Job
+    part: str
+    component: str
+    folder: str
+    signature: Signature
+    blocks: Mapping[str, str]
+
+    @abstractmethod
+    def empty(self, dtype: str, *, depth: int | None = None) -> nn.Module:
+        """The model with its parameters on the meta device, or `depth` of each kind of block."""
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """The model with its weights, as its own library loads it, in float32 on the CPU."""
+
+    @abstractmethod
+    def traceable(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """The module to trace; leaving restores `model`."""
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """In which the graph is made."""
+        return self.job.precisions
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """The weights by the names that the model has for them."""
+        return self.job.source.tensors(self.part)
+
+    @property
+    def directory(self) -> Path:
+        return self.job.source.path / self.part
+
+    def check(self) -> None:
+        """Raise `ExportError` unless the weights are those that the configuration leads to."""
+        state = self.empty("float32").state_dict()
+        check_tensors(self.part, self.tensors, {n: tuple(v.shape) for n, v in state.items()})
+
+
+class _DiffusersNetwork(Network):
+    class_name: str
+
+    def empty(self, dtype: str, *, depth: int | None = None) -> nn.Module:
+        settings = {} if depth is None else dict.fromkeys(self.blocks, depth)
+        config = {**self.job.configs[self.part], **settings}
+        return build_network(self._class_name, config, dtype)
+
+    def load(self) -> nn.Module:
+        kind = getattr(diffusers, self._class_name)
+        network: nn.Module = kind.from_pretrained(self.directory, local_files_only=True)
+        return network.float().eval().requires_grad_(False)
+
+    @property
+    @abstractmethod
+    def _class_name(self) -> str: ...
+
+
+class Transformer(_DiffusersNetwork):
+    """The network that is evaluated at every node."""
+
+    @property
+    def _class_name(self) -> str:
+        return self.job.family.transformer_class
+
+    def traceable(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        return self.job.family.wrapper().transformer_graph(model)
+
+
+class VaeDecoder(_DiffusersNetwork):
+    """The VAE, of which the decoder becomes a graph."""
+
+    @property
+    def _class_name(self) -> str:
+        return self.job.family.vae_class
+
+    def traceable(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.job.family.wrapper().decoder_graph(model))
+
+
+@dataclass(frozen=True)
+class TextEncoder(Network):
+    """A text encoder that becomes a graph beside its weights, which a bundle has anyway."""
+
+    text: TextGraph
+
+    def empty(self, dtype: str, *, depth: int | None = None) -> nn.Module:
+        settings = {} if depth is None else dict.fromkeys(self.blocks, depth)
+        return build_encoder(self.text.encoder_class, self.directory, dtype, settings)
+
+    def load(self) -> nn.Module:
+        return load_encoder(self.text, self.job.source.path)
+
+    def traceable(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        return nullcontext(EncoderModule(model, self.text.field))
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """T5's activations overflow float16: transformers keeps part of it in float32 there."""
+        return tuple(p for p in self.job.precisions if p.dtype != "float16")
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        stored = self.job.source.tensors(self.part)
+        return named_as_in_module(stored, self.empty("float32"), self.text.former_prefix)
+
+    def check(self) -> None:
+        found = self.job.source.index.get(self.part)
+        if found != ["transformers", self.text.encoder_class]:
+            raise ExportError(
+                f"{self.part} is {found} in model_index.json; expected {self.text.encoder_class} "
+                f"of transformers, as the {self.job.family.name} family has; use an unmodified "
+                "checkpoint"
+            )
+        super().check()
+
+
+def transformer(job: Job) -> Transformer:
+    """The job's transformer."""
+    signature = job.family.signatures(job.configs).transformer
+    name = "transformer"
+    return Transformer(job, name, name, name, signature, job.family.blocks)
+
+
+def vae_decoder(job: Job) -> VaeDecoder:
+    """The job's VAE."""
+    signature = job.family.signatures(job.configs).vae_decoder
+    return VaeDecoder(job, "vae", "vae_decoder", "vae_decoder", signature, {})
+
+
+def text_encoders(job: Job) -> list[TextEncoder]:
+    """The job's text encoders that become graphs."""
+    return [
+        TextEncoder(
+            job,
+            text.component,
+            text.component,
+            f"{PIPELINE_FOLDER}/{text.component}",
+            text.signature(job.configs),
+            text.blocks,
+            text,
+        )
+        for text in job.family.text_graphs
+    ]

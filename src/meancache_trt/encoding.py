@@ -1,0 +1,200 @@
+"""Prompts to conditioning: from the cache, else by the bundle's text graphs, else by torch.
+
+Each prompt is encoded alone and once, so that its embedding does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meancache_trt.bundle import Bundle
+from meancache_trt.conditioning import Conditioning
+from meancache_trt.embedding_cache import EmbeddingCache
+from meancache_trt.errors import BundleError, InputError, RuntimeUnavailableError
+from meancache_trt.export.job import PIPELINE_FOLDER
+from meancache_trt.export.registry import FAMILIES
+from meancache_trt.export.text import PromptEncoder, TextPrecision
+from meancache_trt.manifest import Component, TensorRecord
+from meancache_trt.meancache.files import encode_json
+from meancache_trt.meancache.hashing import digest_of
+from meancache_trt.meancache.runtime import Call, Tensor
+from meancache_trt.session import Graphs
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Tensors = dict[str, NDArray[Any]]
+
+_KEY_VERSION = 1
+"""Counted up where the same encoders would give the same prompt other tensors than before."""
+
+
+def encoder_digest(bundle: Bundle) -> str:
+    """SHA-256 over what prompts are encoded with: weights, tokenizers and their configurations.
+
+    As in the checkpoint: graphs made of it are not part, so bundles with and without them agree.
+    """
+    parts = FAMILIES[bundle.export.family].text_components
+    components = bundle.export.components.values()
+    made = {component.path for component in components}
+    made |= {part.tokenizer.path for part in components if part.tokenizer}
+    folders = {PurePosixPath(PIPELINE_FOLDER, part) for part in parts}
+    files = [
+        (path, record.sha256)
+        for path, record in sorted(bundle.manifest.files.items())
+        if PurePosixPath(path).parent in folders and path not in made
+    ]
+    return digest_of(encode_json(files))
+
+
+class BundleEncoder:
+    """What encodes the prompts of a bundle; loads nothing before a prompt needs it.
+
+    Text graphs run on the runtime of `graphs`, in float32. `precision` "checkpoint" has torch load
+    the encoders in the dtype in which they are stored, also where there are text graphs: half the
+    memory for most, and embeddings rounded accordingly.
+    """
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        *,
+        precision: TextPrecision = "float32",
+        cache: EmbeddingCache | None = None,
+    ) -> None:
+        bundle = graphs.bundle
+        self.digest = encoder_digest(bundle)
+        self._text_tokens = bundle.export.text_tokens
+        self._cache = cache
+        self._torch = PromptEncoder(
+            FAMILIES[bundle.export.family],
+            bundle.directory / PIPELINE_FOLDER,
+            self._text_tokens,
+            precision,
+        )
+        text_graphs = bundle.export.text_graphs() if precision == "float32" else {}
+        self._graphs = GraphEncoder(graphs, list(text_graphs.values())) if text_graphs else None
+        runner = graphs.runtime.name if text_graphs else f"torch {precision}"
+        self._kind = [_KEY_VERSION, bundle.export.family, self.digest, self._text_tokens, runner]
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of prompts, of which those in the cache need no encoder.
+
+        Raises `InputError` for no prompts at all or one that is no Unicode, and what
+        `GraphEncoder` and `PromptEncoder` do.
+        """
+        if not prompts:
+            raise InputError("there are no prompts to encode; give at least one")
+        for prompt in prompts:
+            _check_unicode(prompt)
+        made = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
+        tensors = {
+            name: np.concatenate([made[prompt][name] for prompt in prompts])
+            for name in made[prompts[0]]
+        }
+        return Conditioning(tuple(prompts), tensors, self.digest)
+
+    def check(self, conditioning: Conditioning) -> None:
+        """Raise `InputError` for what other encoders made, as far as it says what made it."""
+        if conditioning.encoder_digest not in (None, self.digest):
+            raise InputError(
+                f"expected embeddings of this bundle's encoders (digest {self.digest[:12]}), found "
+                f"those of others (digest {str(conditioning.encoder_digest)[:12]}); encode the "
+                "prompts again with `meancache-trt encode` and this bundle"
+            )
+
+    def _encoded(self, prompt: str) -> Tensors:
+        key = digest_of(encode_json([*self._kind, prompt]))
+        known = self._cache.get(key) if self._cache else None
+        if known is not None:
+            return known
+        encoder = self._graphs or self._torch
+        tensors = encoder.encode([prompt])
+        if self._cache:
+            self._cache.put(key, tensors)
+        return tensors
+
+
+def _check_unicode(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8
+        raise InputError(
+            f"the prompt {prompt!r} is not Unicode text: {error.reason} at character "
+            f"{error.start}; give it in UTF-8"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _BoundGraph:
+    tokenizer: Tokenizer
+    ids: Tensor
+    outputs: dict[str, Tensor]
+    call: Call
+
+    def run(self, prompt: str) -> Tensors:
+        ids = self.tokenizer.encode(prompt).ids
+        self.ids.write(np.array([ids], np.int64))
+        self.call.enqueue()
+        return {name: tensor.read() for name, tensor in self.outputs.items()}
+
+
+class GraphEncoder:
+    """Prompts to conditioning by a bundle's text graphs, loaded at the first use and kept."""
+
+    def __init__(self, graphs: Graphs, components: Sequence[Component]) -> None:
+        self._graphs = graphs
+        self._components = components
+        self._bound: list[_BoundGraph] = []
+
+    def encode(self, prompts: Sequence[str]) -> Tensors:
+        """Conditioning by transformer input name, batch first, float32; prompts too long are cut.
+
+        Raises `RuntimeUnavailableError` without the tokenizers library, `BundleError` where a
+        graph or tokenizer cannot be loaded.
+        """
+        self._bound = self._bound or [self._bind(component) for component in self._components]
+        made = [graph.run(prompt) for prompt in prompts for graph in self._bound]
+        names = [name for graph in self._bound for name in graph.outputs]
+        return {
+            name: np.concatenate([tensors[name] for tensors in made if name in tensors])
+            for name in names
+        }
+
+    def _bind(self, component: Component) -> _BoundGraph:
+        assert component.tokenizer is not None
+        tokenizer = _load_tokenizer(str(self._graphs.bundle.directory / component.tokenizer.path))
+        name = component.input_named("token_ids")
+        length = component.tokenizer.length
+        ids = self._zeros(component.inputs[name], length)
+        outputs = {key: self._zeros(record, length) for key, record in component.outputs.items()}
+        call = self._graphs.graph(component).bind({name: ids, **outputs})
+        return _BoundGraph(tokenizer, ids, outputs, call)
+
+    def _zeros(self, record: TensorRecord, text_tokens: int) -> Tensor:
+        sizes = {"batch": 1, "text_tokens": text_tokens}
+        shape = [sizes[d] if isinstance(d, str) else d for d in record.shape]
+        return self._graphs.runtime.zeros(shape, record.dtype)
+
+
+def _load_tokenizer(path: str) -> Tokenizer:
+    try:
+        from tokenizers import Tokenizer  # noqa: PLC0415  ready embeddings do without
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            f"encoding prompts needs the package tokenizers ({error}); install "
+            "meancache-trt[cpu], or render from embeddings that were encoded before"
+        ) from error
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as error:  # the library raises nothing more precise
+        raise BundleError(
+            f"{path} cannot be read as a tokenizer: {error}; install the version of tokenizers "
+            "that the bundle was built with, or build the bundle again"
+        ) from error
