@@ -61,7 +61,7 @@ def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
         for precision in model.precisions:
             name = component_name(model.component, precision.dtype)
             job.report(f"{name} graph")
-            yield name, _weighted(model, precision, files)
+            yield name, write_graph(model, precision, files)
 
 
 def write_sample(model: Network, target: Path) -> None:
@@ -90,7 +90,8 @@ def _preparation(job: Job, model: Transformer) -> Component:
     return _written(job, "prepare.onnx", graph, signature)
 
 
-def _weighted(model: Network, precision: Precision, files: tuple[WeightFile, ...]) -> Component:
+def write_graph(model: Network, precision: Precision, files: tuple[WeightFile, ...]) -> Component:
+    """Write a model's graph, and a text encoder's tokenizer, beside its weights `files`."""
     graph = _traced(model, precision, model.tensors)
     file = "model.onnx" if precision == F32 else f"model.{precision.dtype}.onnx"
     path = f"{model.folder}/{file}"

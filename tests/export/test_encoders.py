@@ -17,8 +17,9 @@ from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.encoders import build_encoder, load_encoder, named_as_in_module
 from meancache_trt.export.family import Size, TextGraph
 from meancache_trt.export.flux import FLUX
-from meancache_trt.export.graphs import text_network, write_text_graph
-from meancache_trt.export.job import Job
+from meancache_trt.export.graphs import write_graph
+from meancache_trt.export.job import F32, Job
+from meancache_trt.export.networks import text_encoders
 from meancache_trt.export.safetensors_file import StoredTensor
 from meancache_trt.export.weights import place_weights
 from meancache_trt.manifest import Component
@@ -64,9 +65,10 @@ def export(folder: Path, text: TextGraph) -> tuple[Path, Component]:
     source, root = Checkpoint(folder), folder.parent / "out"
     configs = source.configs(COMPONENTS)
     job = Job(source, FLUX, configs, Size(32, 48, TEXT_TOKENS), root, "link", lambda _: None)
-    network = text_network(job, text)
-    files = place_weights(source.weight_files(text.component), root, text.component, "link")
-    return root, write_text_graph(job, text, network, text.component, files)
+    (model,) = (model for model in text_encoders(job) if model.text is text)
+    model.check()
+    files = place_weights(source.weight_files(model.part), root, model.folder, "link")
+    return root, write_graph(model, F32, files)
 
 
 def ids_for(text: TextGraph, batch: int, tokens: int) -> torch.Tensor:
@@ -194,14 +196,14 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(
 
 
 def test_an_unmodified_network_is_built_without_weights(saved: Path) -> None:
-    network = build_encoder("T5EncoderModel", saved / "text_encoder_2", "bfloat16")
+    network = build_encoder("T5EncoderModel", saved / "text_encoder_2", "bfloat16", {})
     parameters = list(network.parameters())
     assert {str(parameter.device) for parameter in parameters} == {"meta"}
     assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
 
 
 def test_unknown_names_stay_for_the_check_to_see(saved: Path) -> None:
-    network = build_encoder("CLIPTextModel", saved / "text_encoder", "float32")
+    network = build_encoder("CLIPTextModel", saved / "text_encoder", "float32", {})
     tensor = StoredTensor(saved, 0, 4, "float32", (1,))
     assert named_as_in_module({"else": tensor}, network, "text_model.") == {"else": tensor}
 

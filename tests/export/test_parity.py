@@ -3,8 +3,10 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from diffusers import FluxTransformer2DModel
 from transformers import T5EncoderModel
@@ -29,6 +31,16 @@ def job(folder: Path, root: Path) -> Job:
     )
 
 
+def other_weights(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint whose transformer has other weights."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    network = FluxTransformer2DModel.from_pretrained(other / "transformer")
+    randomize(network, seed=9)
+    network.save_pretrained(other / "transformer")
+    return other
+
+
 def test_no_case_has_the_exported_size(flux_folder: Path, tmp_path: Path) -> None:
     configs = job(flux_folder, tmp_path).configs
     for height, width in ((16, 40), (72, 32), (24, 24), (32, 48)):
@@ -41,11 +53,7 @@ def test_no_case_has_the_exported_size(flux_folder: Path, tmp_path: Path) -> Non
 def test_graph_of_other_weights_fails(
     flux_folder: Path, export_folder: Path, exported: Exported, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(flux_folder, other)
-    network = FluxTransformer2DModel.from_pretrained(other / "transformer")
-    randomize(network, seed=9)
-    network.save_pretrained(other / "transformer")
+    other = other_weights(flux_folder, tmp_path)
     graphs = {name: export_folder / part.path for name, part in exported.components.items()}
     with pytest.raises(ExportError, match=r"transformer differs from diffusers' by .* at most"):
         check_parity(job(other, export_folder), graphs)
@@ -61,6 +69,38 @@ def test_text_graph_of_other_weights_fails(
     encoder.save_pretrained(other / "text_encoder_2")
     graphs = {name: export_folder / part.path for name, part in exported.components.items()}
     with pytest.raises(ExportError, match=r"text_encoder_2 differs from .* by .* at most"):
+        check_parity(job(other, export_folder), graphs)
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_network_that_does_not_fit_is_compared_by_one_block_of_each_kind(
+    flux_folder: Path, export_folder: Path, exported: Exported
+) -> None:
+    graphs = {name: export_folder / part.path for name, part in exported.components.items()}
+    before = set(export_folder.rglob("*"))
+    records = {
+        record.component: record for record in check_parity(job(flux_folder, export_folder), graphs)
+    }
+    assert records["transformer"].blocks == ("transformer_blocks.0", "single_transformer_blocks.0")
+    assert records["text_encoder_2"].blocks == ("encoder.block.0",)
+    assert 0 < records["transformer"].max_abs_error <= 1e-4
+    assert set(export_folder.rglob("*")) == before
+    assert not any(record.blocks for record in exported.parity)
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_sample_of_other_weights_fails(
+    flux_folder: Path, export_folder: Path, exported: Exported, tmp_path: Path
+) -> None:
+    # The sampled graph is traced from `other`, but reads the weights that lie in the export.
+    other = other_weights(flux_folder, tmp_path)
+    graphs = {name: export_folder / part.path for name, part in exported.components.items()}
+    with pytest.raises(ExportError, match=r"transformer differs from diffusers' by .* at most"):
         check_parity(job(other, export_folder), graphs)
 
 
