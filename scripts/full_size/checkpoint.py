@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,17 +32,21 @@ _LEARNED_DEVIATION = 0.02
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def write_checkpoint(folder: Path, model: FullSize) -> None:
-    """Write the folder as `save_pretrained` would, with tokenizers of the FLUX stand-in."""
+def write_checkpoint(folder: Path, model: FullSize, *, has_values: bool = True) -> None:
+    """Write the folder as `save_pretrained` would, with tokenizers of the FLUX stand-in.
+
+    Without `has_values` all tensors are holes.
+    """
+    writer = _Writer(has_values)
     folder.mkdir(parents=True)
     index: dict[str, Any] = {"_class_name": model.pipeline}
     parts = {"transformer": model.transformer, "vae": model.vae}
     for name, config in parts.items():
         index[name] = ["diffusers", config["_class_name"]]
-        _write_part(folder / name, config, _diffusers_shapes(config), "diffusion_pytorch_model")
+        writer.part(folder / name, config, _diffusers_shapes(config), "diffusion_pytorch_model")
     for name, config in model.encoders.items():
         index[name] = ["transformers", config["architectures"][0]]
-        _write_part(folder / name, config, _encoder_shapes(config), "model")
+        writer.part(folder / name, config, _encoder_shapes(config), "model")
         _copy_tokenizer(folder, name.replace("text_encoder", "tokenizer"), index)
     index["scheduler"] = ["diffusers", model.scheduler["_class_name"]]
     _write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler)
@@ -65,18 +70,40 @@ def _encoder_shapes(config: Config) -> Shapes:
     return {name: tuple(shapes[name].shape) for name in stored.values()}
 
 
-def _write_part(folder: Path, config: Config, shapes: Shapes, stem: str) -> None:
-    _write_json(folder / "config.json", config)
-    shards = list(_shards(shapes))
-    if len(shards) == 1:
-        _write_shard(folder / f"{stem}.safetensors", shards[0])
-        return
-    places = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(folder / name, shard)
-        places.update(dict.fromkeys(shard, name))
-    _write_json(folder / f"{stem}.safetensors.index.json", {"weight_map": places})
+@dataclass(frozen=True)
+class _Writer:
+    has_values: bool
+
+    def part(self, folder: Path, config: Config, shapes: Shapes, stem: str) -> None:
+        """Configuration and weights of one component."""
+        _write_json(folder / "config.json", config)
+        shards = list(_shards(shapes))
+        if len(shards) == 1:
+            self.shard(folder / f"{stem}.safetensors", shards[0])
+            return
+        places = {}
+        for number, shard in enumerate(shards, start=1):
+            name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+            self.shard(folder / name, shard)
+            places.update(dict.fromkeys(shard, name))
+        _write_json(folder / f"{stem}.safetensors.index.json", {"weight_map": places})
+
+    def shard(self, path: Path, shapes: Shapes) -> None:
+        """A safetensors file."""
+        header, end = {}, 0
+        for name, shape in shapes.items():
+            begin, end = end, end + _length(shape)
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            start = file.tell()
+            for name, shape in shapes.items():
+                if self.has_values and _is_sampled(name):
+                    file.seek(start + header[name]["data_offsets"][0])
+                    _write_values(file, name, shape)
+            file.truncate(start + end)
 
 
 def _shards(shapes: Shapes) -> Iterator[Shapes]:
@@ -97,24 +124,7 @@ def _length(shape: tuple[int, ...]) -> int:
     return _BYTES * int(np.prod(shape, dtype=np.int64))
 
 
-def _write_shard(path: Path, shapes: Shapes) -> None:
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + _length(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        start = file.tell()
-        for name, shape in shapes.items():
-            if _has_values(name):
-                file.seek(start + header[name]["data_offsets"][0])
-                _write_values(file, name, shape)
-        file.truncate(start + end)
-
-
-def _has_values(name: str) -> bool:
+def _is_sampled(name: str) -> bool:
     return all(int(number) == 0 for number in _BLOCK.findall(name))
 
 
