@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.bundle import Bundle
-from meancache_trt.conditioning import Conditioning
+from meancache_trt.conditioning import Conditioning, paired
 from meancache_trt.embedding_cache import EmbeddingCache
 from meancache_trt.errors import BundleError, InputError, RuntimeUnavailableError
 from meancache_trt.export.job import PIPELINE_FOLDER
@@ -68,20 +68,20 @@ class BundleEncoder:
         precision: TextPrecision = "float32",
         cache: EmbeddingCache | None = None,
     ) -> None:
-        bundle = graphs.bundle
-        self.digest = encoder_digest(bundle)
-        self._text_tokens = bundle.export.text_tokens
+        export, directory = graphs.bundle.export, graphs.bundle.directory / PIPELINE_FOLDER
+        self.digest = encoder_digest(graphs.bundle)
+        self._is_guided = export.guidance.is_classifier_free
         self._cache = cache
-        self._torch = PromptEncoder(
-            FAMILIES[bundle.export.family],
-            bundle.directory / PIPELINE_FOLDER,
-            self._text_tokens,
-            precision,
-        )
-        text_graphs = bundle.export.text_graphs() if precision == "float32" else {}
-        self._graphs = GraphEncoder(graphs, list(text_graphs.values())) if text_graphs else None
-        runner = graphs.runtime.name if text_graphs else f"torch {precision}"
-        self._kind = [_KEY_VERSION, bundle.export.family, self.digest, self._text_tokens, runner]
+        self._encoder: GraphEncoder | PromptEncoder
+        text_graphs = export.text_graphs() if precision == "float32" else {}
+        if text_graphs:
+            runner = graphs.runtime.name
+            self._encoder = GraphEncoder(graphs, list(text_graphs.values()))
+        else:
+            runner = f"torch {precision}"
+            family = FAMILIES[export.family]
+            self._encoder = PromptEncoder(family, directory, export.text_tokens, precision)
+        self._kind = [_KEY_VERSION, export.family, self.digest, export.text_tokens, runner]
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of prompts, of which those in the cache need no encoder.
@@ -100,22 +100,44 @@ class BundleEncoder:
         }
         return Conditioning(tuple(prompts), tensors, self.digest)
 
-    def check(self, conditioning: Conditioning) -> None:
-        """Raise `InputError` for what other encoders made, as far as it says what made it."""
-        if conditioning.encoder_digest not in (None, self.digest):
+    def for_pictures(
+        self,
+        prompts: Sequence[str] | Conditioning,
+        negative_prompt: str | Sequence[str] | Conditioning,
+    ) -> list[Conditioning]:
+        """What the network is fed for each picture, the negative prompt last where it takes one.
+
+        Raises `InputError` for a negative prompt without effect, for as many as do not fit the
+        prompts, and for embeddings that other encoders made.
+        """
+        if negative_prompt and not self._is_guided:
+            raise InputError(
+                "this model has no classifier-free guidance, so a negative prompt would have no "
+                "effect; leave it out"
+            )
+        positive = self._conditioning(prompts)
+        if not self._is_guided:
+            return [positive.select(index) for index in range(len(positive.prompts))]
+        texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+        return paired(positive, self._conditioning(texts))
+
+    def _conditioning(self, prompts: Sequence[str] | Conditioning) -> Conditioning:
+        if not isinstance(prompts, Conditioning):
+            return self.encode(prompts)
+        if prompts.encoder_digest not in (None, self.digest):
             raise InputError(
                 f"expected embeddings of this bundle's encoders (digest {self.digest[:12]}), found "
-                f"those of others (digest {str(conditioning.encoder_digest)[:12]}); encode the "
-                "prompts again with `meancache-trt encode` and this bundle"
+                f"those of others (digest {str(prompts.encoder_digest)[:12]}); encode the prompts "
+                "again with `meancache-trt encode` and this bundle"
             )
+        return prompts
 
     def _encoded(self, prompt: str) -> Tensors:
         key = digest_of(encode_json([*self._kind, prompt]))
         known = self._cache.get(key) if self._cache else None
         if known is not None:
             return known
-        encoder = self._graphs or self._torch
-        tensors = encoder.encode([prompt])
+        tensors = self._encoder.encode([prompt])
         if self._cache:
             self._cache.put(key, tensors)
         return tensors

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.bundle import Bundle
-from meancache_trt.conditioning import Conditioning, paired
+from meancache_trt.conditioning import Conditioning
 from meancache_trt.embedding_cache import open_cache
 from meancache_trt.encoding import BundleEncoder
 from meancache_trt.engine.select import open_runtime
@@ -281,7 +281,7 @@ class Pipeline:
         chosen = self.schedule(schedule, guidance_scale)
         scale = self.guidance(guidance_scale, chosen)
         starts = [_NOISE[noise](start, size.noise_shape) for start in seeds]
-        conditionings = self._conditionings(prompts, negative_prompt)
+        conditionings = self._encoder.for_pictures(prompts, negative_prompt)
         session = self.session(chosen, size)
         schedule_digest = digest_of(encode_json(chosen))
         renderings = []
@@ -312,30 +312,6 @@ class Pipeline:
                 )
             )
         return renderings
-
-    def _conditionings(
-        self,
-        prompts: Sequence[str] | Conditioning,
-        negative_prompt: str | Sequence[str] | Conditioning,
-    ) -> list[Conditioning]:
-        """What the network is fed for each picture, the negative prompt last where it takes one."""
-        is_guided = self.bundle.export.guidance.is_classifier_free
-        if negative_prompt and not is_guided:
-            raise InputError(
-                "this model has no classifier-free guidance, so a negative prompt would have no "
-                "effect; leave it out"
-            )
-        positive = self._conditioning(prompts)
-        if not is_guided:
-            return [positive.select(index) for index in range(len(positive.prompts))]
-        texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-        return paired(positive, self._conditioning(texts))
-
-    def _conditioning(self, prompts: Sequence[str] | Conditioning) -> Conditioning:
-        if not isinstance(prompts, Conditioning):
-            return self.encode(prompts)
-        self._encoder.check(prompts)
-        return prompts
 
     def _find(self, schedule: str | int | Path | None) -> Schedule:
         schedules = [self.bundle.schedule(name) for name in self.bundle.schedule_names()]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -98,6 +99,18 @@ def test_graph_equals_the_encoder_at_any_batch_and_length(
         for tokens in lengths:  # 300 tokens: beyond the distances that T5 tells apart
             # float32 sums in another order over one layer; measured at most 3e-6
             assert error(root, part, network, text, batch, tokens) <= 1e-5
+
+
+@pytest.mark.parametrize(("text", "tokens"), [(CLIP, 16), (T5, 300)])
+def test_another_runtime_gives_the_same(folder: Path, text: TextGraph, tokens: int) -> None:
+    """T5 chooses buckets of distances by a logarithm, which a runtime might round otherwise."""
+    root, part = export(folder, text)
+    ids = ids_for(text, 2, tokens).numpy()
+    (expected,) = onnxruntime.InferenceSession(root / part.path).run(None, {"input_ids": ids})
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # its own default is bfloat16 on some processors
+    model = openvino.Core().compile_model(root / part.path, "CPU", exact)
+    (found,) = model(ids).values()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # as with torch, above
 
 
 def stored(root: Path, part: Component) -> set[str]:

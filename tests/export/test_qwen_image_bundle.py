@@ -14,7 +14,7 @@ from meancache_trt import build as stages
 from meancache_trt.bundle import Bundle, create_bundle
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import InputError
-from meancache_trt.export import detect, export_components
+from meancache_trt.export import PromptEncoder, detect, export_components
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.qwen_image import QWEN_IMAGE
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
@@ -313,6 +313,17 @@ def test_embeddings_with_their_mask_survive_the_file(
         noise="torch",
     )
     assert np.array_equal(found.latent, our_latent(pipeline, full))
+
+
+def test_cached_prompts_need_no_encoder_the_empty_negative_one_included(
+    bundle: Bundle, full: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pipeline(bundle, embedding_cache=tmp_path) as first:
+        (expected,) = first.render([PROMPT], schedule=full)
+    monkeypatch.setattr(PromptEncoder, "encode", lambda *_: pytest.fail("must not encode"))
+    with Pipeline(bundle, embedding_cache=tmp_path) as second:
+        (found,) = second.render([PROMPT], schedule=full)
+    assert np.array_equal(found.latent, expected.latent)
 
 
 def test_embeddings_of_another_length_are_refused(pipeline: Pipeline, full: Schedule) -> None:
