@@ -36,11 +36,11 @@ from tests.numpy_runtime import Arrays, FunctionGraph, NumpyRuntime
 HEIGHT, WIDTH, STEPS = 32, 48, 6
 
 VELOCITY_TOLERANCE = 1e-5
-"""Float32 kernels unlike torch's, on velocities near 1; measured 8e-7, and the issue asks for 1e-4.
+"""Float32 kernels unlike torch's, on velocities near 1; measured 1e-6, and the issue asks for 1e-4.
 """
 
 LATENT_TOLERANCE = 2e-5
-"""Six such evaluations, guidance over their differences among them; measured 3e-6. The issue asks
+"""Six such evaluations, guidance over their differences among them; measured 2e-6. The issue asks
 for 1e-3."""
 
 
@@ -66,9 +66,8 @@ def made(pipeline: Any, root: Path, **size: int) -> Subject:
 
     write_graphs = graphs.write_graphs
     with pytest.MonkeyPatch.context() as patch:
-        # `prepare` and the transformer alone, because the decoders take most of the time.
-        two = lambda job: itertools.islice(write_graphs(job), 2)  # noqa: E731
-        patch.setattr(graphs, "write_graphs", two)
+        # `prepare` and the transformer alone, because the rest takes most of the time.
+        patch.setattr(graphs, "write_graphs", lambda job: itertools.islice(write_graphs(job), 2))
         return Subject(pipeline, create_bundle(root / "tiny.mcb", fill, {}))
 
 
@@ -198,14 +197,14 @@ def test_tables_of_the_pipelines_positions_are_the_prepare_graphs_bit_for_bit(
     subject, call = request.getfixturevalue(family), CALLS[family](2, 4, 6, 9)
     export = subject.bundle.export
     wrapper, component = subject.engine()._wrapper, export.components["prepare"]
-    made = wrapper.position_tables(
+    tables = wrapper.position_tables(
         {"transformer": subject.engine().config}, *wrapper.positions(call)
     )
     noise = {"flux": (2, 4, 8, 12), "qwen": (1, 1, 4, 8, 12), "hunyuan": (2, 4, 3, 8, 12)}
     given = {"noise": random(*noise[family]), "encoder_hidden_states": random(2, 9, 48)}
     expected = run_graph(subject.bundle, {name: given[name].numpy() for name in component.inputs})
-    assert made.keys() <= expected.keys()
-    for name, table in made.items():
+    assert tables.keys() <= expected.keys()
+    for name, table in tables.items():
         assert np.array_equal(table.numpy(), expected[name]), name
 
 
@@ -410,6 +409,15 @@ def test_another_pipeline_is_made_from_one_with_an_engine(flux: Subject) -> None
     other = FluxImg2ImgPipeline.from_pipe(pipeline)
     assert other.transformer is pipeline.transformer
     assert other.to("cpu").device == torch.device("cpu")
+
+
+def test_a_pipeline_is_loaded_without_the_transformers_weights(flux: Subject) -> None:
+    checkpoint = flux.bundle.directory.parent / "checkpoint"
+    pipeline = FluxPipeline.from_pretrained(checkpoint, transformer=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer = flux.engine()
+    expected = render(FluxPipeline(**flux.pipeline.components), FLUX)
+    torch.testing.assert_close(render(pipeline, FLUX), expected, rtol=0, atol=LATENT_TOLERANCE)
 
 
 # Memory.
