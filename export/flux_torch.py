@@ -16,6 +16,8 @@ from meancache_trt.export.flux import AXIS_POSITIONS, rope_axes
 from meancache_trt.export.packing import PACK, pack, unpack
 from meancache_trt.export.timesteps import fixed_timestep_frequencies
 
+POSITION_ARGUMENTS: tuple[str, ...] = ("img_ids", "txt_ids")
+
 _ROPE_THETA = 10000  # FluxTransformer2DModel.__init__
 
 
@@ -174,9 +176,6 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> d
         list(prompts), device="cpu", max_sequence_length=text_tokens
     )
     return {"encoder_hidden_states": features, "pooled_projections": pooled}
-
-
-POSITION_ARGUMENTS: tuple[str, ...] = ("img_ids", "txt_ids")
 
 
 def graph_inputs(configs: Configs, arguments: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001

@@ -24,6 +24,8 @@ from meancache_trt.export.family import Configs
 from meancache_trt.export.hunyuan_video import AXIS_POSITIONS, GUIDANCE_UNITS
 from meancache_trt.export.timesteps import fixed_timestep_frequencies
 
+POSITION_ARGUMENTS: tuple[str, ...] = ()
+
 
 class _GivenRope(nn.Module):
     """Stands in for `HunyuanVideoRotaryPosEmbed`; gives the tables that it was handed."""
@@ -259,9 +261,6 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> d
         "encoder_attention_mask": mask.bool(),
         "pooled_projections": pooled,
     }
-
-
-POSITION_ARGUMENTS: tuple[str, ...] = ()
 
 
 def graph_inputs(configs: Configs, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from meancache_trt.export.packing import PACK, pack, unpack
 from meancache_trt.export.qwen_image import AXIS_POSITIONS, PIPELINE_MAX_TEXT_TOKENS, rope_axes
 from meancache_trt.export.timesteps import fixed_timestep_frequencies
 
+POSITION_ARGUMENTS: tuple[str, ...] = ("img_shapes",)
+
 _ROPE_THETA = 10000  # QwenImageTransformer2DModel.__init__, which centres the positions too
 
 
@@ -267,9 +269,6 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> d
         "encoder_hidden_states": torch.cat(features),
         "encoder_hidden_states_mask": torch.cat(masks),
     }
-
-
-POSITION_ARGUMENTS: tuple[str, ...] = ("img_shapes",)
 
 
 def graph_inputs(configs: Configs, arguments: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001

@@ -34,7 +34,8 @@ from meancache_trt.meancache.files import read_bytes
 from meancache_trt.meancache.runtime import Runtime
 
 _TABLES_KEPT = 2
-"""A prompt and a negative prompt of another length need two, of some megabytes each."""
+"""A prompt and a negative prompt of another length need two. FLUX's take 5 MB at 1024 x 1024,
+HunyuanVideo's 120 MB at 720 x 1280 and 129 frames."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -140,8 +141,9 @@ class EngineTransformer:
         """
         given = self._given(arguments, named)
         is_wrapped = given.pop("return_dict", True)
+        inputs = self._inputs(given)
         latent = given["hidden_states"]
-        velocity = self._run(self._inputs(given)).to(latent.device, latent.dtype)
+        velocity = self._run(inputs).to(latent.device, latent.dtype)
         return Transformer2DModelOutput(sample=velocity) if is_wrapped else (velocity,)
 
     forward = __call__

@@ -19,7 +19,7 @@ from tests.export import tiny_flux, tiny_qwen_image
 
 from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
-from meancache_trt.meancache.schedule import Schedule, bake
+from meancache_trt.meancache.schedule import Evidence, Schedule, bake
 from meancache_trt.meancache.sigmas import make_grid
 from meancache_trt.meancache.strength import begin_at, first_step
 
@@ -195,6 +195,22 @@ def test_the_schedule_is_cut_at_once_and_again_for_the_pipelines_grid() -> None:
     refolded = begin_at(bake("official", make_grid(STEPS, shift=5.0), NODES, SPANS), step)
     assert other.schedule.weights == refolded.weights
     assert other.sigmas.tolist() == refolded.sigmas().tolist()
+
+
+def test_a_calibrated_schedule_begins_midway_on_its_own_grid_only() -> None:
+    evidence = Evidence(samples=1, seconds=0.0)
+    whole = bake("official", make_grid(STEPS, shift=3.0), NODES, SPANS, calibration=evidence)
+    sigmas = np.linspace(1.0, 1 / STEPS, STEPS)
+    schedulers = {
+        shift: MeanCacheScheduler.from_schedule(
+            whole, FlowMatchEulerDiscreteScheduler(shift=shift)
+        ).for_strength(0.6)
+        for shift in (3.0, 5.0)
+    }
+    schedulers[3.0].set_timesteps(sigmas=sigmas)
+    assert schedulers[3.0].schedule == begin_at(whole, first_step(STEPS, 0.6))
+    with pytest.raises(ScheduleError, match="calibrated on another grid"):
+        schedulers[5.0].set_timesteps(sigmas=sigmas)
 
 
 def test_a_scheduler_makes_others_for_any_strength_and_stays_as_it_is() -> None:
