@@ -115,6 +115,7 @@ class OnnxRuntime:
     """
 
     name = "onnxruntime-cpu"
+    device = "cpu"
 
     def __init__(self, threads: int = 0) -> None:
         try:
@@ -161,6 +162,25 @@ class OnnxRuntime:
 
     def tensor(self, value: NDArray[Any]) -> HostTensor:
         return HostTensor(np.array(value, order="C"))
+
+    def from_dlpack(self, value: Any) -> HostTensor:
+        """A tensor over another library's host memory, which NumPy keeps alive; copies nothing.
+
+        Calls are done when they return, so there is nothing to wait for. Raises `RenderError`.
+        """
+        try:
+            array = np.from_dlpack(value)
+        except (AttributeError, BufferError, RuntimeError) as error:
+            raise RenderError(
+                f"ONNX Runtime on the CPU takes host memory by DLPack, found {type(value).__name__}"
+                f": {error}; move it to the CPU, in an element type that NumPy has"
+            ) from error
+        if not array.flags.c_contiguous:
+            raise RenderError(
+                f"ONNX Runtime takes contiguous memory, found strides {array.strides} of shape "
+                f"{array.shape}; copy it first"
+            )
+        return HostTensor(array)
 
     def sequence(self, calls: Sequence[Call]) -> Call:
         return _Sequence(calls)

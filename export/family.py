@@ -86,7 +86,8 @@ class Wrapper(Protocol):
 
     The first three give modules to trace; their `forward` takes the signature's inputs by name
     and returns its outputs in order. The next three are the oracle that parity compares with:
-    diffusers' own code, unpatched. All tensors are on the CPU.
+    diffusers' own code, unpatched. All tensors are on the CPU. The last four let a graph stand in
+    for the diffusers transformer; `configs` then has "transformer" alone, with every default.
     """
 
     def transformer_graph(
@@ -131,6 +132,22 @@ class Wrapper(Protocol):
         self, pipeline: Any, prompts: Sequence[str], text_tokens: int
     ) -> dict[str, torch.Tensor]:
         """Conditioning tensors by transformer input name, batch first."""
+
+    POSITION_ARGUMENTS: tuple[str, ...]
+    """Arguments of the diffusers transformer's `forward` that only say where tokens are."""
+
+    def graph_inputs(self, configs: Configs, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What `forward` was given, but positions, as the graph's inputs, by name.
+
+        In the graph's units, and without what the module never reads. Arguments that are not
+        inputs of the graph are left in: the caller refuses them.
+        """
+
+    def positions(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What the position tables depend on: tensors on any device, and hashable values."""
+
+    def position_tables(self, configs: Configs, *positions: Any) -> dict[str, torch.Tensor]:
+        """The transformer graph's `prepared` inputs, by diffusers' own embedding, on the CPU."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
 from meancache_trt.export.family import Configs
@@ -17,6 +18,10 @@ from meancache_trt.export.timesteps import Times, exact_times, fixed_timestep_fr
 
 TIME_UNITS = 1000.0
 """FluxTransformer2DModel embeds its timestep, and its guidance scale, times this."""
+
+POSITION_ARGUMENTS: tuple[str, ...] = ("img_ids", "txt_ids")
+
+_ROPE_THETA = 10000  # FluxTransformer2DModel.__init__
 
 
 class _GivenRope(nn.Module):
@@ -179,3 +184,28 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> d
         list(prompts), device="cpu", max_sequence_length=text_tokens
     )
     return {"encoder_hidden_states": features, "pooled_projections": pooled}
+
+
+def graph_inputs(configs: Configs, arguments: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """Names and units are the module's own."""
+    return dict(arguments)
+
+
+def positions(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Image and text ids (tokens, axes), float32 as `FluxPosEmbed` reads them."""
+    image, text = (arguments[name] for name in POSITION_ARGUMENTS)
+    return _without_batch(image).float(), _without_batch(text).float()
+
+
+def _without_batch(ids: Tensor) -> Tensor:
+    # FluxTransformer2DModel still takes ids with a batch, and reads the first sample's.
+    return ids[0] if ids.dim() == 3 else ids
+
+
+def position_tables(configs: Configs, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """Cosines, then sines, of any ids."""
+    embed = FluxPosEmbed(theta=_ROPE_THETA, axes_dim=list(rope_axes(configs)))
+    return {
+        "image_rope": torch.cat(embed(image.cpu()), dim=-1),
+        "text_rope": torch.cat(embed(text.cpu()), dim=-1),
+    }

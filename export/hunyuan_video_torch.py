@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import HunyuanVideoPipeline
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoRotaryPosEmbed
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
@@ -22,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from meancache_trt.export.family import Configs
 from meancache_trt.export.hunyuan_video import AXIS_POSITIONS, GUIDANCE_UNITS
 from meancache_trt.export.timesteps import fixed_timestep_frequencies
+
+POSITION_ARGUMENTS: tuple[str, ...] = ()
 
 
 class _GivenRope(nn.Module):
@@ -258,3 +261,31 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> d
         "encoder_attention_mask": mask.bool(),
         "pooled_projections": pooled,
     }
+
+
+def graph_inputs(configs: Configs, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The guidance scale in the pipeline's units; diffusers hands it to every checkpoint."""
+    inputs = dict(arguments)
+    if not configs["transformer"]["guidance_embeds"]:
+        inputs.pop("guidance", None)
+    if "guidance" in inputs:
+        inputs["guidance"] = inputs["guidance"].float() / GUIDANCE_UNITS
+    return inputs
+
+
+def positions(arguments: Mapping[str, Any]) -> tuple[tuple[int, ...]]:
+    """Frames, rows and columns of the latent."""
+    return (tuple(arguments["hidden_states"].shape[2:]),)
+
+
+def position_tables(configs: Configs, extents: tuple[int, ...]) -> dict[str, Tensor]:
+    """Cosines and sines, (frames, rows, columns, width)."""
+    config = configs["transformer"]
+    patch = config["patch_size"]
+    embed = HunyuanVideoRotaryPosEmbed(
+        patch, config["patch_size_t"], config["rope_axes_dim"], config["rope_theta"]
+    )
+    frames, height, width = extents
+    grid = (frames, height // patch, width // patch)
+    tables = (table.unflatten(0, grid) for table in embed(torch.empty(1, 1, *extents)))
+    return dict(zip(("rope_cos", "rope_sin"), tables, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,13 +14,19 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
     QwenImageUpsample,
 )
 from diffusers.models.transformers import transformer_qwenimage
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, pad
 
+from meancache_trt.errors import InputError
 from meancache_trt.export.family import Configs
 from meancache_trt.export.packing import PACK, pack, unpack
 from meancache_trt.export.qwen_image import AXIS_POSITIONS, PIPELINE_MAX_TEXT_TOKENS, rope_axes
 from meancache_trt.export.timesteps import Times, exact_times, fixed_timestep_frequencies
+
+POSITION_ARGUMENTS: tuple[str, ...] = ("img_shapes",)
+
+_ROPE_THETA = 10000  # QwenImageTransformer2DModel.__init__, which centres the positions too
 
 
 @contextmanager
@@ -269,3 +276,41 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> d
         "encoder_hidden_states": torch.cat(features),
         "encoder_hidden_states_mask": torch.cat(masks),
     }
+
+
+def graph_inputs(configs: Configs, arguments: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """Names and units are the module's own."""
+    return dict(arguments)
+
+
+def positions(arguments: Mapping[str, Any]) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """(frames, rows, columns) of each picture of a sample, and text tokens.
+
+    Raises `InputError` where samples differ in size, for which diffusers would compute the
+    positions of the first.
+    """
+    shapes = arguments["img_shapes"]
+    samples = shapes if isinstance(shapes, list) else [shapes]
+    if any(sample != samples[0] for sample in samples):
+        raise InputError(
+            f"expected pictures of one size in img_shapes, found {samples}; call the pipeline once "
+            "for each size"
+        )
+    pictures = samples[0] if isinstance(samples[0], list) else samples[:1]
+    return tuple(map(tuple, pictures)), arguments["encoder_hidden_states"].shape[1]
+
+
+@functools.cache
+def _embedding(axes: tuple[int, ...]) -> Any:
+    """One for all calls, because diffusers keeps its tables for as long as the process runs."""
+    return QwenEmbedRope(theta=_ROPE_THETA, axes_dim=list(axes), scale_rope=True)
+
+
+def position_tables(
+    configs: Configs, pictures: Sequence[tuple[int, ...]], text_tokens: int
+) -> dict[str, Tensor]:
+    """Cosines, then sines, of any number of pictures a sample."""
+    image, text = _embedding(rope_axes(configs))(
+        [list(pictures)], max_txt_seq_len=text_tokens, device=torch.device("cpu")
+    )
+    return {"image_rope": _real(image), "text_rope": _real(text)}

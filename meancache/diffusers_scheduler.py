@@ -3,6 +3,8 @@
     pipe.scheduler = MeanCacheScheduler.from_file("b10.json", pipe.scheduler)
     image = pipe(prompt, num_inference_steps=50).images[0]      # 10 network evaluations
 
+Image-to-image and inpainting take `pipe.scheduler.for_strength(0.6)` and `strength=1.0`.
+
 This module imports torch and diffusers; import it where it is used.
 """
 
@@ -24,8 +26,10 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.schedule import Schedule, load_schedule
 from meancache_trt.meancache.sigmas import Convention, SigmaGrid, TimeShift, pipeline_sigmas
+from meancache_trt.meancache.strength import begin_at, first_step
 
 _UNSUPPORTED = ("stochastic_sampling", "invert_sigmas")
+_OWN_OPTIONS = ("schedule", "strength")  # what the stock scheduler's configuration does not have
 _LINSPACES: tuple[Convention, ...] = ("linspace", "linspace_to_zero")
 
 
@@ -39,8 +43,8 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     ignores it.
 
     The guidance scale acts inside the pipeline and cannot be seen here: pass the one that
-    `schedule.guidance_scale` names. Image-to-image pipelines, which enter the grid midway, raise
-    `ScheduleError`.
+    `schedule.guidance_scale` names. A pipeline that enters the grid midway by itself, as
+    image-to-image does with a strength below 1, gets a `ScheduleError`: see `for_strength`.
     """
 
     timesteps: torch.Tensor
@@ -64,6 +68,7 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         time_shift_type: TimeShift = "exponential",
         stochastic_sampling: bool = False,
         schedule: dict[str, Any] | None = None,
+        strength: float = 1.0,
     ) -> None:
         # Named one by one, because diffusers reads the signature to load a configuration.
         super().__init__(
@@ -83,7 +88,9 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
             stochastic_sampling=stochastic_sampling,
         )
         self._check_options()
-        self._original = self._schedule = _decode(schedule)
+        self._strength = strength
+        self._original = _decode(schedule)
+        self._schedule = self._begun(self._original)
         self._rows = _rows(self._schedule, torch.device("cpu"))
         self._velocities: list[torch.Tensor] = []
 
@@ -102,7 +109,8 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
                 f"{type(base_scheduler).__name__}; give the pipeline its flow-matching Euler "
                 "scheduler first"
             )
-        options = {key: value for key, value in base_scheduler.config.items() if key != "schedule"}
+        config = base_scheduler.config
+        options = {key: value for key, value in config.items() if key not in _OWN_OPTIONS}
         scheduler: MeanCacheScheduler = cls.from_config(options, schedule=_encode(schedule))
         return scheduler
 
@@ -113,9 +121,30 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         """Like `from_schedule`, from a schedule file."""
         return cls.from_schedule(load_schedule(path), base_scheduler)
 
+    def for_strength(self, strength: float) -> MeanCacheScheduler:
+        """The same schedule for image-to-image or inpainting, which begin midway.
+
+            pipe.scheduler = scheduler.for_strength(0.6)
+            pipe(prompt, image=picture, strength=1.0, num_inference_steps=50)
+
+        The new scheduler's first timestep is the one at which diffusers begins for `strength`
+        among T steps. Pass the pipeline strength 1.0, with T as usual: it then starts with this
+        scheduler's first timestep, for which it mixes picture and noise. A lower strength is
+        refused where it would drop a node. A text-to-image pipeline would start from noise alone,
+        at a step that expects a picture in it, and cannot be told from the others here.
+
+        The step where it begins is always evaluated. `begin_at` says what becomes of the rows.
+        Raises `ScheduleError` for a strength outside (0, 1] or that leaves no step.
+        """
+        scheduler: MeanCacheScheduler = self.from_config(self.config, strength=strength)
+        return scheduler
+
     @property
     def schedule(self) -> Schedule:
-        """The schedule in use; refolded for the pipeline's grid once `set_timesteps` has run."""
+        """The schedule in use; refolded for the pipeline's grid once `set_timesteps` has run.
+
+        With a strength below 1 it is what is left of it, on what is left of the grid.
+        """
         return self._schedule
 
     def set_timesteps(
@@ -129,7 +158,8 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         """Make the pipeline's grid of T steps, check it, and keep the B timesteps of the nodes.
 
         The arguments are the stock scheduler's. Afterwards `timesteps` has B entries and `sigmas`
-        B + 1, with the end of the grid last; recorded velocities are forgotten.
+        B + 1, with the end of the grid last; recorded velocities are forgotten. B counts the nodes
+        that the strength leaves.
 
         Raises:
             ScheduleError: where the number of steps or the sigmas differ from the schedule's and
@@ -138,8 +168,10 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         grid = stock_grid(self, sigmas, mu)
         _check_steps(self._original, grid)
-        self._schedule = self._original.fit_to(grid, self._original.guidance_scale)
-        nodes = list(self._schedule.nodes)
+        fitted = self._original.fit_to(grid, self._original.guidance_scale)
+        self._schedule = self._begun(fitted)
+        begin = grid.steps - self._schedule.grid.steps
+        nodes = [begin + node for node in self._schedule.nodes]
         self.timesteps = self.timesteps[nodes]
         self.sigmas = self.sigmas[[*nodes, grid.steps]]
         self.num_inference_steps = len(nodes)
@@ -194,6 +226,9 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
             return (latent,)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=latent)
 
+    def _begun(self, schedule: Schedule) -> Schedule:
+        return begin_at(schedule, first_step(schedule.grid.steps, self._strength))
+
     def _next_node(self, timestep: float | torch.Tensor) -> int:
         if self.step_index is None:
             self._start(timestep)
@@ -227,8 +262,8 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         if begin_index:
             raise ScheduleError(
                 f"schedule {self._schedule.name!r} starts at node 0, but the pipeline starts at "
-                f"node {begin_index}, as image-to-image pipelines do; use a text-to-image pipeline,"
-                " or the stock scheduler"
+                f"node {begin_index}, as image-to-image does with a strength below 1; give it "
+                "scheduler.for_strength(strength) and call it with strength=1.0"
             )
 
     def _check_options(self) -> None:

@@ -79,6 +79,10 @@ class Runtime(Protocol):
     def version(self) -> str:
         """Of the library that executes."""
 
+    @property
+    def device(self) -> str:
+        """Where its tensors are, as torch names it, such as "cpu" or "cuda:0"."""
+
     def load(self, path: Path, *, is_light: bool = False) -> Graph:
         """Load an ONNX graph (and the engine built from it, where the backend has one).
 
@@ -89,6 +93,15 @@ class Runtime(Protocol):
 
     def tensor(self, value: NDArray[Any]) -> Tensor:
         """A new tensor with the value's shape, dtype and contents."""
+
+    def from_dlpack(self, value: Any) -> Tensor:
+        """A tensor over memory that another library owns, by the DLPack protocol; copies nothing.
+
+        `value` stays alive as long as the tensor. The runtime orders its own work after what the
+        owner enqueued before; whoever reads or frees the memory elsewhere, or writes to it, calls
+        `synchronize` first. Raises `RenderError` where the memory is not on the runtime's device,
+        not contiguous, or of an element type that it lacks.
+        """
 
     def sequence(self, calls: Sequence[Call]) -> Call:
         """Calls that always run in this order, as one (a CUDA graph where there is one)."""

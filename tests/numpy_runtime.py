@@ -83,6 +83,7 @@ class CallSequence:
 
 class NumpyRuntime:
     name = "numpy"
+    device = "cpu"
     version = np.__version__
 
     def load(self, path: Path, *, is_light: bool = False) -> Graph:
@@ -93,6 +94,11 @@ class NumpyRuntime:
 
     def tensor(self, value: NDArray[Any]) -> ArrayTensor:
         return ArrayTensor(np.array(value))
+
+    def from_dlpack(self, value: Any) -> ArrayTensor:
+        array = np.from_dlpack(value)
+        assert array.flags.c_contiguous
+        return ArrayTensor(array)
 
     def sequence(self, calls: Sequence[Call]) -> Call:
         return CallSequence(calls)

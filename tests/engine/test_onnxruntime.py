@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from meancache_trt.engine.onnxruntime import OnnxRuntime
@@ -51,6 +53,41 @@ def test_a_view_shares_memory(add_graph):
         view = flat.view((2, 3))
         runtime.load(add_graph).bind({"a": view, "b": view, "y": y}).enqueue()
         assert np.array_equal(y.read().ravel(), 2 * flat.read())
+
+
+def test_memory_of_another_library_is_read_and_written_in_place(add_graph):
+    with OnnxRuntime() as runtime:
+        a, y = torch.arange(6.0).reshape(2, 3), torch.zeros(2, 3)
+        tensors = {name: runtime.from_dlpack(value) for name, value in (("a", a), ("y", y))}
+        assert tensors["a"].array.ctypes.data == a.data_ptr()
+        call = runtime.load(add_graph).bind({**tensors, "b": tensors["a"]})
+        for _ in range(2):
+            a += 1
+            call.enqueue()
+            assert torch.equal(y, 2 * a)
+
+
+def test_memory_of_another_library_lives_as_long_as_the_tensor(add_graph):
+    with OnnxRuntime() as runtime:
+        tensor = runtime.from_dlpack(torch.full((1000,), 7.0))
+        gc.collect()
+        others = [torch.zeros(1000) for _ in range(100)]  # would take the memory, were it free
+        assert (tensor.read() == 7).all()
+        assert len(others) == 100
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(4, 6).T, "takes contiguous memory, found strides"),
+        (torch.ones(2, dtype=torch.bfloat16), "host memory by DLPack, found Tensor"),
+        (torch.ones(2, device="meta"), "host memory by DLPack, found Tensor"),
+        ([1.0, 2.0], "host memory by DLPack, found list"),
+    ],
+)
+def test_memory_that_it_cannot_take_is_refused(value, message):
+    with OnnxRuntime() as runtime, pytest.raises(RenderError, match=message):
+        runtime.from_dlpack(value)
 
 
 def test_a_sequence_runs_in_order(add_graph):
