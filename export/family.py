@@ -119,6 +119,8 @@ class Family:
     `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`. `grid`
     and `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
     pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything.
+    `is_text_masked` where padding has no effect, so that text may be fed at any length (a bucket)
+    that holds the prompt; elsewhere the length is a part of what is rendered.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Family:
     wrapper: Callable[[], Wrapper]
     frames: Callable[[Configs], FrameRule] | None = None
     longest_text_tokens: int | None = None
+    is_text_masked: bool = False
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

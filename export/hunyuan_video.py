@@ -162,4 +162,5 @@ HUNYUAN_VIDEO = Family(
     signatures=_signatures,
     wrapper=_wrapper,
     frames=_frames,
+    is_text_masked=True,
 )

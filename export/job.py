@@ -28,7 +28,10 @@ F32 = Precision("float32", opset=20)
 
 @dataclass(frozen=True)
 class Job:
-    """An export whose size has been checked; `report` gets a line at each stage."""
+    """An export whose sizes have been checked; `report` gets a line at each stage.
+
+    `size` is the default, `further_sizes` are what the bundle also lists.
+    """
 
     source: Checkpoint
     family: Family
@@ -38,3 +41,4 @@ class Job:
     placement: WeightPlacement
     report: Callable[[str], None]
     precision: Precision = F32
+    further_sizes: tuple[Size, ...] = ()

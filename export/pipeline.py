@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from meancache_trt.errors import ExportError
@@ -19,8 +19,16 @@ from meancache_trt.export.family import (
 )
 from meancache_trt.export.job import Job, WeightPlacement
 from meancache_trt.export.registry import detect
-from meancache_trt.manifest import Component, Exported, Model, ParityRecord, WeightFile
+from meancache_trt.manifest import (
+    Component,
+    Exported,
+    Model,
+    ParityRecord,
+    Resolution,
+    WeightFile,
+)
 from meancache_trt.meancache.hashing import verified_sha256
+from meancache_trt.shapes import ONE, PictureSize, Range
 
 PIPELINE_FOLDER = "pipeline"
 """Where a bundle keeps what prompts are encoded with, in diffusers layout."""
@@ -35,6 +43,8 @@ def export_components(
     height: int,
     width: int,
     frames: int | None = None,
+    further_sizes: Sequence[PictureSize] = (),
+    batch: Range = ONE,
     text_tokens: int | None = None,
     weights: WeightPlacement = "link",
     check_parity: bool = True,
@@ -43,24 +53,29 @@ def export_components(
     """Write a checkpoint's graphs, weights and prompt encoders into `directory`.
 
     `checkpoint` is a diffusers folder or a hub id; `text_tokens`, and a video's `frames`, are by
-    default what the family's pipeline takes. `weights` "link" hard-links the checkpoint's files
-    where the file system can and copies them elsewhere; "copy" always copies. The export itself
-    does not load the weights; the parity check does, in float32. `report` gets a line at each
-    stage.
+    default what the family's pipeline takes. `further_sizes` are listed besides the default size;
+    they share its graphs. `batch` is recorded for those who prepare plans. `weights` "link"
+    hard-links the checkpoint's files where the file system can and copies them elsewhere; "copy"
+    always copies. The export itself does not load the weights; the parity check does, in float32.
+    `report` gets a line at each stage.
 
     Raises `InputError` for a size that the family cannot take, and `ExportError` for a checkpoint
     that is incomplete, damaged or unsupported, a graph that fails its checks, or a directory that
     cannot be written. What was written before an error stays in `directory`.
     """
     source, family, configs = _source(checkpoint)
-    size = Size(
-        height,
-        width,
-        family.default_text_tokens(configs) if text_tokens is None else text_tokens,
-        default_frames(family, configs) if frames is None else frames,
+    wanted = [PictureSize(height, width, frames), *further_sizes]
+    size, *others = _checked_sizes(family, configs, wanted, text_tokens)
+    job = Job(
+        source,
+        family,
+        configs,
+        size,
+        directory,
+        weights,
+        report,
+        further_sizes=tuple(others),
     )
-    check_size(family, configs, size)
-    job = Job(source, family, configs, size, directory, weights, report)
     try:
         components = _write_graphs(job)
         encoders = _write_pipeline(job)
@@ -70,7 +85,34 @@ def export_components(
             f"{error.strerror}; free some space or give another output path"
         ) from error
     parity = _check_parity(job, components) if check_parity else ()
-    return _exported(job, components, encoders, parity)
+    return _exported(job, components, encoders, parity, batch)
+
+
+def resolutions_of(
+    checkpoint: Checkpoint, sizes: Sequence[PictureSize], text_tokens: int
+) -> tuple[Resolution, ...]:
+    """What a bundle of `checkpoint` records of `sizes`, each once, in order; nothing is written.
+
+    Frames are by default what the family's pipeline makes. Raises `InputError` for a size that the
+    family cannot take.
+    """
+    _, family, configs = _source(checkpoint.path)
+    checked = _checked_sizes(family, configs, sizes, text_tokens)
+    return tuple(resolution(family, configs, size) for size in checked)
+
+
+def _checked_sizes(
+    family: Family, configs: Configs, sizes: Sequence[PictureSize], text_tokens: int | None
+) -> list[Size]:
+    tokens = family.default_text_tokens(configs) if text_tokens is None else text_tokens
+    frames = default_frames(family, configs)
+    found = dict.fromkeys(
+        Size(size.height, size.width, tokens, frames if size.frames is None else size.frames)
+        for size in sizes
+    )
+    for size in found:
+        check_size(family, configs, size)
+    return list(found)
 
 
 def _source(checkpoint: Path) -> tuple[Checkpoint, Family, Configs]:
@@ -135,6 +177,7 @@ def _exported(
     components: dict[str, Component],
     encoders: tuple[WeightFile, ...],
     parity: tuple[ParityRecord, ...],
+    batch: Range,
 ) -> Exported:
     family, configs = job.family, job.configs
     return Exported(
@@ -142,7 +185,9 @@ def _exported(
         model=identify(job.source),
         components=components,
         encoder_weights=encoders,
-        resolution=resolution(family, configs, job.size),
+        resolutions=tuple(
+            resolution(family, configs, size) for size in (job.size, *job.further_sizes)
+        ),
         guidance=family.guidance(configs),
         grid=family.grid,
         timestep_scale=family.timestep_scale,
@@ -151,6 +196,7 @@ def _exported(
         scheduler=dict(configs["scheduler"]),
         parity=parity,
         frames_per_second=family.frames(configs).per_second if family.frames else None,
+        batch=batch,
     )
 
 

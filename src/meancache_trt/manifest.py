@@ -6,9 +6,11 @@ A host binds tensors by their role and never by the model's family.
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+
+from meancache_trt.shapes import ONE, PictureSize, Range, Ranges
 
 Role = Literal[
     "noise",  # unpacked latent at sigma 1, one sample after another
@@ -93,6 +95,11 @@ class Resolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     latent_shape: tuple[int, ...]
     decode_shape: tuple[int, ...]
 
+    @property
+    def size(self) -> PictureSize:
+        """Its pixels and frames alone, which tell the resolutions of a bundle apart."""
+        return PictureSize(self.height, self.width, self.frames)
+
 
 class Guidance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a guidance scale acts; `default_scale` is null where the model takes none.
@@ -139,14 +146,16 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     and the product rounded to float32. `grid` says what the pipeline hands its scheduler:
     "linspace" sigmas linspace(1, 1/T, T), "linspace_to_zero" linspace(1, 0, T + 1) without the
     0, or "count" T alone. `encoder_weights` are the text encoders' files under pipeline/.
-    `frames_per_second` is what a video model was trained at.
+    `frames_per_second` is what a video model was trained at. `resolutions` share the graphs; the
+    first is the default. `batch` is for those who prepare plans: the sizes of a session that are
+    meant, not a limit, since ONNX Runtime has none.
     """
 
     family: str
     model: Model
     components: dict[str, Component]
     encoder_weights: tuple[WeightFile, ...]
-    resolution: Resolution
+    resolutions: Annotated[tuple[Resolution, ...], msgspec.Meta(min_length=1)]
     guidance: Guidance
     grid: GridRule
     timestep_scale: float
@@ -155,6 +164,22 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scheduler: dict[str, Any]
     parity: tuple[ParityRecord, ...]
     frames_per_second: float | None = None
+    batch: Range = ONE
+
+    @property
+    def resolution(self) -> Resolution:
+        """The default resolution."""
+        return self.resolutions[0]
+
+    @property
+    def sizes(self) -> list[PictureSize]:
+        """Pixels and frames of every resolution, the default first."""
+        return [resolution.size for resolution in self.resolutions]
+
+    @property
+    def ranges(self) -> Ranges:
+        """What a plan must cover to serve every resolution; text has its full length."""
+        return Ranges.covering(self.sizes, text_tokens=self.text_tokens, batch=self.batch)
 
     def weight_files(self) -> list[WeightFile]:
         """Every weight file of the bundle, those of the prompt encoders last."""
