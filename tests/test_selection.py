@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.errors import BundleError, ScheduleError
 from meancache_trt.manifest import Resolution
@@ -141,6 +142,14 @@ def test_several_of_one_budget_and_resolution_are_never_a_guess(pipeline: Pipeli
     with pytest.raises(BundleError, match="several schedules of 3 evaluations: a, b; ask"):
         pipeline.schedule(3)
     assert pipeline.schedule(3, resolution=wide).name == "b3-128x64"
+
+
+def test_a_plan_needs_no_schedule_of_the_default_resolution(pipeline: Pipeline) -> None:
+    _, wide, _ = pipeline.bundle.export.resolutions
+    add(pipeline, calibrated(pipeline, wide, 3))
+    record = stages.plan(pipeline.bundle, backend="auto", threads=1)
+    assert record.evaluation_ms > 0
+    assert Bundle.open(pipeline.bundle.directory).names("plans") == [record.runtime]
 
 
 def test_a_render_uses_the_schedule_of_its_resolution(pipeline: Pipeline) -> None:

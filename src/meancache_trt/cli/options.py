@@ -99,14 +99,16 @@ class Parsed(click.ParamType[Parsable]):
 resolutions = click.option(
     "--resolution",
     "resolutions",
-    type=Parsed("WIDTHxHEIGHT[xFRAMES]", PictureSize),
+    type=Parsed("resolution", PictureSize),
+    metavar="WIDTHxHEIGHT[xFRAMES]",
     multiple=True,
     help="What is rendered, instead of --height, --width and --frames; may be given several times: "
     "resolutions share graphs and weights, and the first is the default.",
 )
 batch = click.option(
     "--batch",
-    type=Parsed("MIN/OPT/MAX", Range),
+    type=Parsed("range", Range),
+    metavar="MIN/OPT/MAX",
     help="Pictures at a time that plans are to be made for; 1/1/1 by default. No limit to others.",
 )
 
