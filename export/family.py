@@ -167,6 +167,8 @@ class Family:
     pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
     it was reported that the network's activations exceed float16.
+    `is_text_masked` where padding has no effect, so that text may be fed at any length (a bucket)
+    that holds the prompt; elsewhere the length is a part of what is rendered.
     """
 
     name: str
@@ -192,6 +194,7 @@ class Family:
     float16_overflow: str | None = None
     tiling: Callable[[Configs], Tiling] | None = None
     text_graphs: tuple[TextGraph, ...] = ()
+    is_text_masked: bool = False
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

@@ -181,4 +181,5 @@ HUNYUAN_VIDEO = Family(
     frames=_frames,
     float16_overflow="github.com/Tencent-Hunyuan/HunyuanVideo/issues/60",
     tiling=_tiling,
+    is_text_masked=True,
 )

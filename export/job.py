@@ -37,9 +37,10 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Job:
-    """An export whose size has been checked; `report` gets a line at each stage.
+    """An export whose sizes have been checked; `report` gets a line at each stage.
 
-    Graphs with weights are made in each of `precisions`, F32 among them.
+    `size` is the default, `further_sizes` are what the bundle also lists. Graphs with weights are
+    made in each of `precisions`, F32 among them.
     """
 
     source: Checkpoint
@@ -50,3 +51,4 @@ class Job:
     placement: WeightPlacement
     report: Callable[[str], None]
     precisions: tuple[Precision, ...] = (F32,)
+    further_sizes: tuple[Size, ...] = ()

@@ -146,7 +146,7 @@ def _transformer_records(
     model = transformer(job)
     prepare = runtime.load(graphs["prepare"])
     noises, inputs = [], []
-    for case in parity_cases(job.family, job.configs, job.size):
+    for case in parity_cases(job.family, job.configs, job.size, *job.further_sizes):
         feeds = random_feeds(signatures.transformer, case)
         noise = random_feeds(signatures.prepare, case)
         noises.append((case, noise))
@@ -174,7 +174,7 @@ def _decoder_record(job: Job, graphs: Mapping[str, Path], runtime: OnnxRuntime) 
     """
     wrapper, model = job.family.wrapper(), vae_decoder(job)
     (latent,), (image,) = model.signature.inputs, model.signature.outputs
-    cases = parity_cases(job.family, job.configs, job.size)
+    cases = parity_cases(job.family, job.configs, job.size, *job.further_sizes)
     expected = _expected(
         "vae_decoder",
         model.load(),

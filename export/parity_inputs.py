@@ -32,14 +32,15 @@ class Case:
     largest_timestep: float
 
 
-def parity_cases(family: Family, configs: Configs, exported: Size) -> list[Case]:
-    """Three sizes, with a batch of 1, 2 and 3, none of them the exported one."""
+def parity_cases(family: Family, configs: Configs, *exported: Size) -> list[Case]:
+    """Three sizes, with a batch of 1, 2 and 3, none of them an exported one."""
     unit, cases = family.multiple(configs), []
+    taken = {(size.height, size.width) for size in exported}
     noisiest = configs["scheduler"].get("num_train_timesteps", 1000) * family.timestep_scale
     for batch, (rows, columns, text_tokens, latent_frames) in enumerate(_GRIDS, start=1):
         frames = frame_count(family, configs, latent_frames)
         size = Size(rows * unit, columns * unit, text_tokens, frames)
-        if (size.height, size.width) == (exported.height, exported.width):
+        while (size.height, size.width) in taken:
             size = Size(size.height + unit, size.width, text_tokens, frames)
         symbols = {**family.symbols(configs, size), **batch_symbols(batch)}
         cases.append(Case(symbols, seed=batch, largest_timestep=noisiest))

@@ -26,8 +26,16 @@ from meancache_trt.export.job import (
     WeightPlacement,
 )
 from meancache_trt.export.registry import detect
-from meancache_trt.manifest import Component, Exported, Model, ParityRecord, WeightFile
+from meancache_trt.manifest import (
+    Component,
+    Exported,
+    Model,
+    ParityRecord,
+    Resolution,
+    WeightFile,
+)
 from meancache_trt.meancache.hashing import verified_sha256
+from meancache_trt.shapes import ONE, PictureSize, Range
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model")  # configurations and vocabularies
 
@@ -39,6 +47,8 @@ def export_components(
     height: int,
     width: int,
     frames: int | None = None,
+    further_sizes: Sequence[PictureSize] = (),
+    batch: Range = ONE,
     text_tokens: int | None = None,
     weights: WeightPlacement = "link",
     precisions: Sequence[str] | None = None,
@@ -48,27 +58,32 @@ def export_components(
     """Write a checkpoint's graphs, weights and prompt encoders into `directory`.
 
     `checkpoint` is a diffusers folder or a hub id; `text_tokens`, and a video's `frames`, are by
-    default what the family's pipeline takes. `weights` "link" hard-links the checkpoint's files
-    where the file system can and copies them elsewhere; "copy" always copies. Graphs with weights
-    are made in float32, which parity is checked in, and in the further `precisions`: by default
-    bfloat16 where the transformer is stored so. The export itself
-    does not load the weights; the parity check does, in float32. `report` gets a line at each
-    stage.
+    default what the family's pipeline takes. `further_sizes` are listed besides the default size;
+    they share its graphs. `batch` is recorded for those who prepare plans. `weights` "link"
+    hard-links the checkpoint's files, to another file system by symbolic links, and where there
+    are neither copies them; "copy" always copies. Graphs with weights are made in float32, which
+    parity is checked in, and in the further `precisions`: by default bfloat16 where the transformer
+    is stored so. The export itself does not load the weights; the parity check does, in float32.
+    `report` gets a line at each stage.
 
     Raises `InputError` for a size that the family cannot take, and `ExportError` for a checkpoint
     that is incomplete, damaged or unsupported, a graph that fails its checks, or a directory that
     cannot be written. What was written before an error stays in `directory`.
     """
     source, family, configs = _source(checkpoint)
-    size = Size(
-        height,
-        width,
-        family.default_text_tokens(configs) if text_tokens is None else text_tokens,
-        default_frames(family, configs) if frames is None else frames,
+    wanted = [PictureSize(height, width, frames), *further_sizes]
+    size, *others = _checked_sizes(family, configs, wanted, text_tokens)
+    job = Job(
+        source,
+        family,
+        configs,
+        size,
+        directory,
+        weights,
+        report,
+        _precisions(source, family, precisions),
+        tuple(others),
     )
-    check_size(family, configs, size)
-    wanted = _precisions(source, family, precisions)
-    job = Job(source, family, configs, size, directory, weights, report, wanted)
     try:
         components = _write_graphs(job)
         encoders = _write_pipeline(job, components)
@@ -78,7 +93,34 @@ def export_components(
             f"{error.strerror}; free some space or give another output path"
         ) from error
     parity = _check_parity(job, components) if check_parity else ()
-    return _exported(job, components, encoders, parity)
+    return _exported(job, components, encoders, parity, batch)
+
+
+def resolutions_of(
+    checkpoint: Checkpoint, sizes: Sequence[PictureSize], text_tokens: int
+) -> tuple[Resolution, ...]:
+    """What a bundle of `checkpoint` records of `sizes`, each once, in order; nothing is written.
+
+    Frames are by default what the family's pipeline makes. Raises `InputError` for a size that the
+    family cannot take.
+    """
+    _, family, configs = _source(checkpoint.path)
+    checked = _checked_sizes(family, configs, sizes, text_tokens)
+    return tuple(resolution(family, configs, size) for size in checked)
+
+
+def _checked_sizes(
+    family: Family, configs: Configs, sizes: Sequence[PictureSize], text_tokens: int | None
+) -> list[Size]:
+    tokens = family.default_text_tokens(configs) if text_tokens is None else text_tokens
+    frames = default_frames(family, configs)
+    found = dict.fromkeys(
+        Size(size.height, size.width, tokens, frames if size.frames is None else size.frames)
+        for size in sizes
+    )
+    for size in found:
+        check_size(family, configs, size)
+    return list(found)
 
 
 def _source(checkpoint: Path) -> tuple[Checkpoint, Family, Configs]:
@@ -162,6 +204,7 @@ def _exported(
     components: dict[str, Component],
     encoders: tuple[WeightFile, ...],
     parity: tuple[ParityRecord, ...],
+    batch: Range,
 ) -> Exported:
     family, configs = job.family, job.configs
     return Exported(
@@ -169,7 +212,9 @@ def _exported(
         model=identify(job.source),
         components=components,
         encoder_weights=encoders,
-        resolution=resolution(family, configs, job.size),
+        resolutions=tuple(
+            resolution(family, configs, size) for size in (job.size, *job.further_sizes)
+        ),
         guidance=family.guidance(configs),
         grid=family.grid,
         timestep_scale=family.timestep_scale,
@@ -179,6 +224,7 @@ def _exported(
         parity=parity,
         frames_per_second=family.frames(configs).per_second if family.frames else None,
         tiling=family.tiling(configs) if family.tiling else None,
+        batch=batch,
     )
 
 

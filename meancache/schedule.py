@@ -132,14 +132,9 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"found {guidance_scale}; render with {self.guidance_scale} or calibrate for "
                 f"{guidance_scale}"
             )
-        difference = self.grid.difference(grid)
-        if difference is None:
+        self.check_grid(grid)
+        if self.grid.difference(grid) is None:
             return self
-        if self.calibration is not None or not self.is_analytic:
-            raise ScheduleError(
-                f"schedule {self.name!r} was calibrated on another grid: {difference}; calibrate "
-                "for this grid, or render at the size and number of steps it was made for"
-            )
         return bake(
             self.method,
             grid,
@@ -151,6 +146,15 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             guidance_scale=self.guidance_scale,
             precision=self.precision,
         )
+
+    def check_grid(self, grid: SigmaGrid) -> None:
+        """Raise `ScheduleError` where this is a fitted table of another grid than `grid`."""
+        difference = self.grid.difference(grid)
+        if difference and (self.calibration is not None or not self.is_analytic):
+            raise ScheduleError(
+                f"schedule {self.name!r} was calibrated on another grid: {difference}; calibrate "
+                "for this grid, or render at the size and number of steps it was made for"
+            )
 
     def _check_fold(self) -> None:
         rows = get_method(self.method).fold(self.grid.array(), self.nodes, self.spans)

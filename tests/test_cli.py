@@ -306,6 +306,10 @@ def test_build_does_everything_and_skips_what_is_done(run, tmp_path):
     status, _, err = run(*arguments)
     assert status == 0
     assert "already there" in err
-    error = run("build", "standin/flux", "-o", output, "--height", 32, "--width", 32)
+    status, out, err = run(*arguments, "--height", 32, "--width", 32)
+    assert status == 0, err
+    assert "added 32x32" in err
+    assert {row["name"] for row in json.loads(out)["schedules"]} == {"full", "b8", "b8-32x32"}
+    error = run("build", "standin/flux", "-o", output, "--text-tokens", 16)
     assert error[0] == 1
-    assert "64x64 against 32x32" in error[2]
+    assert "32 text tokens against 16" in error[2]

@@ -20,18 +20,23 @@ from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
 from meancache_trt.export.family import Configs, Family, default_frames
-from meancache_trt.export.pipeline import export_components, identify
+from meancache_trt.export.pipeline import export_components, identify, resolutions_of
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Exported, Model, component_name
 from meancache_trt.meancache.files import encode_json
 from meancache_trt.meancache.schedule import ModelReference, Schedule, bake, check_guidance_scale
 from meancache_trt.render import Pipeline
+from meancache_trt.selection import calibrated_size, grid_size
+from meancache_trt.shapes import ONE, PictureSize, Range
 
 STANDIN = "standin/"
 """`standin/flux` as a model means the small trained one that comes with the package."""
 
 DEFAULT_BUDGETS = (15, 10)
 """The two budgets that the paper reports for FLUX.1."""
+
+_PLAN_STEPS = 4
+"""Evaluations that a plan's time is a mean of; grids of two steps and more can be stretched."""
 
 _TOOLS = (
     "meancache-trt",
@@ -53,15 +58,24 @@ class ExportOptions:
     """What is exported.
 
     `size` is (height, width) in pixels; `frames` of a video and `text_tokens` None mean what the
-    family's pipeline takes. `precisions` are explained at `export_components`.
+    family's pipeline takes. `further_sizes` are listed in the bundle besides. `batch` is what plans
+    are meant for; None means one picture, or what a bundle that is there says. `precisions` are
+    explained at `export_components`.
     """
 
     size: tuple[int, int]
     frames: int | None = None
+    further_sizes: tuple[PictureSize, ...] = ()
+    batch: Range | None = None
     text_tokens: int | None = None
     weights: Literal["link", "copy"] = "link"
     precisions: tuple[str, ...] | None = None
     is_parity_checked: bool = True
+
+    @property
+    def sizes(self) -> tuple[PictureSize, ...]:
+        """Every size, the first of which is a new bundle's default."""
+        return (PictureSize(*self.size, self.frames), *self.further_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,22 +135,20 @@ def picture_size(checkpoint: Checkpoint, height: int | None, width: int | None) 
 def export(
     checkpoint: Checkpoint, output: Path, options: ExportOptions, *, note: Note, is_forced: bool
 ) -> Bundle:
-    """Export into a new bundle, unless the one at `output` is already what this would give.
+    """Export into a new bundle, or add what the one at `output` does not list.
+
+    To a bundle of the same checkpoint, resolutions are added as entries of its manifest, and the
+    batch is changed there; graphs, schedules and `bundle_id` stay. What changes a graph, its check
+    or what it is fed stays an error: another checkpoint, another text length, weights copied where
+    they are linked, a comparison with diffusers where there was none.
 
     Raises:
         ExportError: for a checkpoint that cannot be exported, or failed parity.
-        InputError: where `output` holds another bundle and `is_forced` is off.
+        InputError: for a size that the family cannot take, before anything is done, and where
+            `output` holds another bundle and `is_forced` is off.
     """
     if (output / MANIFEST).is_file() and not is_forced:
-        bundle = Bundle.open(output)
-        difference = _difference(bundle, checkpoint, options)
-        if difference is None:
-            note(f"export: {output} is already there")
-            return bundle
-        raise InputError(
-            f"{output} is a bundle of something else: {difference}; give another output path, or "
-            "--force to replace it"
-        )
+        return _extended(Bundle.open(output), checkpoint, options, note)
 
     def fill(directory: Path) -> Exported:
         return export_components(
@@ -145,6 +157,8 @@ def export(
             height=options.size[0],
             width=options.size[1],
             frames=options.frames,
+            further_sizes=options.further_sizes,
+            batch=options.batch or ONE,
             text_tokens=options.text_tokens,
             weights=options.weights,
             precisions=options.precisions,
@@ -155,17 +169,34 @@ def export(
     return create_bundle(output, fill, _tool_versions())
 
 
+def _extended(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions, note: Note) -> Bundle:
+    """The bundle with what `options` ask for besides, all of it or nothing."""
+    before = bundle.export
+    wanted = resolutions_of(checkpoint, options.sizes, before.text_tokens)
+    difference = _difference(bundle, checkpoint, options)
+    if difference is not None:
+        raise InputError(
+            f"{bundle.directory} is a bundle of something else: {difference}; give another output "
+            "path, or --force to replace it"
+        )
+    added = bundle.extend(wanted, options.batch)
+    if added:
+        note(
+            f"export: added {', '.join(str(resolution.size) for resolution in added)} to "
+            f"{bundle.directory}, whose graphs serve every resolution and stay as they are"
+        )
+    if bundle.export.batch != before.batch:
+        note(f"export: {bundle.directory} is now meant for batches of {bundle.export.batch}")
+    if not added and bundle.export.batch == before.batch:
+        note(f"export: {bundle.directory} is already there")
+    return bundle
+
+
 def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) -> str | None:
-    """How what is there differs from what is asked for, or None."""
-    there, size = bundle.export, bundle.export.resolution
-    if (size.height, size.width) != options.size:
-        return f"{size.width}x{size.height} against {options.size[1]}x{options.size[0]}"
-    for what, found, wanted in (
-        ("frames", size.frames, options.frames),
-        ("text tokens", there.text_tokens, options.text_tokens),
-    ):
-        if wanted not in (None, found):
-            return f"{found} {what} against {wanted}"
+    """What sets the bundle apart from one that can be had by adding to it, or None."""
+    there = bundle.export
+    if options.text_tokens not in (None, there.text_tokens):
+        return f"{there.text_tokens} text tokens against {options.text_tokens}"
     if options.weights == "copy" and any(file.is_linked for file in there.weight_files()):
         return "linked weights against copied ones"
     for precision in options.precisions or ():
@@ -254,7 +285,8 @@ def bake_into(
 ) -> list[Schedule]:
     """Add to `bundle` a schedule for each budget, and `full`, which evaluates every step.
 
-    A schedule is called bN after its budget.
+    A schedule is called bN after its budget, or bN-WIDTHxHEIGHT where it is calibrated for a
+    resolution other than the bundle's default. `full` is the same for every resolution.
     """
     settings = trajectories.settings
     full = bake(
@@ -265,12 +297,35 @@ def bake_into(
         family=settings.family,
     )
     chosen = [
-        msgspec.structs.replace(schedule, name=f"b{schedule.budget}")
+        named_in(bundle, schedule, f"b{schedule.budget}")
         for schedule in bake_schedules(trajectories, budgets, options)
     ]
-    for schedule in (full, *chosen):
+    is_default = not _suffix(bundle, grid_size(settings.grid))
+    if is_default or full.name not in bundle.schedule_names():
+        bundle.add_schedule(full)
+    for schedule in chosen:
         bundle.add_schedule(schedule)
     return chosen
+
+
+def named_in(bundle: Bundle, schedule: Schedule, name: str | None = None) -> Schedule:
+    """The schedule, called `name` (or its own) and the resolution that it is calibrated for.
+
+    The resolution is left out where it is the bundle's default, or there is none.
+    """
+    suffix = _suffix(bundle, calibrated_size(schedule))
+    return msgspec.structs.replace(schedule, name=f"{name or schedule.name}{suffix}")
+
+
+def calibration_directory(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) -> Path:
+    """Where `build` records the first of the sizes, beside the bundle; each has a place."""
+    first, *_ = resolutions_of(checkpoint, options.sizes, bundle.export.text_tokens)
+    suffix = _suffix(bundle, first.size)
+    return bundle.directory.with_name(f"{bundle.directory.name}.calibration{suffix}")
+
+
+def _suffix(bundle: Bundle, size: PictureSize | None) -> str:
+    return "" if size in (None, bundle.export.resolution.size) else f"-{size}"
 
 
 def plan(bundle: Bundle, *, backend: str, threads: int) -> PlanRecord:
@@ -286,7 +341,8 @@ def plan(bundle: Bundle, *, backend: str, threads: int) -> PlanRecord:
             start = time.perf_counter()
             pipeline.graphs.graph(component)
             load_ms[name] = 1e3 * (time.perf_counter() - start)
-        schedule = pipeline.schedule()
+        grid = pipeline.grid(_PLAN_STEPS)  # no schedule of the bundle need fit this resolution
+        schedule = bake("euler", grid, range(_PLAN_STEPS))
         loop = pipeline.session(schedule).loop
         loop.run()  # the first run allocates
         start = time.perf_counter()

@@ -7,9 +7,9 @@
     pipeline/                tokenizers and text encoders in diffusers' layout
 
 A bundle is built in a temporary directory and renamed, so that it is there whole or not at all.
-Schedules and plans are added later, each by an atomic write under a lock. `bundle_id` covers
-graphs and weights, not schedules and plans: pictures with one `bundle_id` and one schedule are
-comparable.
+Schedules and plans are added later, each by an atomic write under a lock; so are resolutions, which
+are entries of the manifest alone. `bundle_id` covers graphs and weights, not what is added:
+pictures with one `bundle_id` and one schedule are comparable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -25,7 +25,7 @@ import msgspec
 from filelock import FileLock
 
 from meancache_trt.errors import BundleError, InputError, ScheduleError
-from meancache_trt.manifest import Component, Exported
+from meancache_trt.manifest import Component, Exported, Resolution
 from meancache_trt.meancache.files import (
     atomic_write,
     decode_json,
@@ -35,6 +35,7 @@ from meancache_trt.meancache.files import (
 )
 from meancache_trt.meancache.hashing import digest_of, sha256_of, verified_sha256
 from meancache_trt.meancache.schedule import Schedule, load_schedule
+from meancache_trt.shapes import Range
 
 Version = Literal["meancache-trt/bundle/1"]
 MANIFEST = "manifest.json"
@@ -159,16 +160,43 @@ class Bundle:
             additions = {**manifest.additions, name: addition}
             changed = msgspec.structs.replace(manifest, additions=dict(sorted(additions.items())))
             try:
-                write_json(self.directory / MANIFEST, changed.sealed())
+                self._switch(changed)
             except InputError:
                 if is_new:
                     target.unlink()
                 raise
-            self.manifest = changed.sealed()
             before = manifest.additions.get(name)
             if before is not None and before.path != addition.path:
                 (self.directory / before.path).unlink(missing_ok=True)
         return target
+
+    def extend(
+        self, resolutions: Sequence[Resolution] = (), batch: Range | None = None
+    ) -> list[Resolution]:
+        """List more resolutions behind those there are, and say which batches are meant.
+
+        Returns the resolutions that were not listed yet. The graphs serve every resolution of their
+        checkpoint, so that the manifest alone changes, by one switch under the lock. Resolutions
+        are of this bundle's text length; None leaves the batch as it is.
+        """
+        with self._locked("a resolution"):
+            manifest = _read_manifest(self.directory)
+            there = manifest.export
+            asked = {resolution.size: resolution for resolution in resolutions}
+            new = [found for size, found in asked.items() if size not in there.sizes]
+            export = msgspec.structs.replace(
+                there, resolutions=(*there.resolutions, *new), batch=batch or there.batch
+            )
+            self.manifest = manifest
+            if export != there:
+                self._switch(msgspec.structs.replace(manifest, export=export))
+        return new
+
+    def _switch(self, manifest: Manifest) -> None:
+        """Put a manifest in the place of the one there is; the lock is held."""
+        sealed = manifest.sealed()
+        write_json(self.directory / MANIFEST, sealed)
+        self.manifest = sealed
 
     @contextlib.contextmanager
     def _locked(self, addition: str) -> Iterator[None]:

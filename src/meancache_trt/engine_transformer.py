@@ -27,7 +27,7 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.engine.select import open_runtime
 from meancache_trt.errors import InputError
 from meancache_trt.export.family import resolved
-from meancache_trt.export.pipeline import PIPELINE_FOLDER
+from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.registry import FAMILIES
 from meancache_trt.manifest import TensorRecord
 from meancache_trt.meancache.files import read_bytes

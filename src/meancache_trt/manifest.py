@@ -6,9 +6,11 @@ A host binds tensors by their role and never by the model's family.
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+
+from meancache_trt.shapes import ONE, PictureSize, Range, Ranges
 
 Role = Literal[
     "noise",  # unpacked latent at sigma 1, one sample after another
@@ -113,6 +115,11 @@ class Resolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     latent_shape: tuple[int, ...]
     decode_shape: tuple[int, ...]
 
+    @property
+    def size(self) -> PictureSize:
+        """Its pixels and frames alone, which tell the resolutions of a bundle apart."""
+        return PictureSize(self.height, self.width, self.frames)
+
 
 class TiledAxis(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An axis along which a decoder is run on overlapping tiles, as diffusers does it.
@@ -200,14 +207,16 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     "linspace" sigmas linspace(1, 1/T, T), "linspace_to_zero" linspace(1, 0, T + 1) without the
     0, or "count" T alone. `encoder_weights` are the text encoders' files under pipeline/.
     `frames_per_second` is what a video model was trained at. `tiling` is how the VAE decoder is
-    run in tiles; null where it is always run on the whole latent.
+    run in tiles; null where it is always run on the whole latent. `resolutions` share the graphs;
+    the first is the default. `batch` is for those who prepare plans: the sizes of a session that
+    are meant, not a limit, since ONNX Runtime has none.
     """
 
     family: str
     model: Model
     components: dict[str, Component]
     encoder_weights: tuple[WeightFile, ...]
-    resolution: Resolution
+    resolutions: Annotated[tuple[Resolution, ...], msgspec.Meta(min_length=1)]
     guidance: Guidance
     grid: GridRule
     timestep_scale: float
@@ -217,6 +226,22 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parity: tuple[ParityRecord, ...]
     frames_per_second: float | None = None
     tiling: Tiling | None = None
+    batch: Range = ONE
+
+    @property
+    def resolution(self) -> Resolution:
+        """The default resolution."""
+        return self.resolutions[0]
+
+    @property
+    def sizes(self) -> list[PictureSize]:
+        """Pixels and frames of every resolution, the default first."""
+        return [resolution.size for resolution in self.resolutions]
+
+    @property
+    def ranges(self) -> Ranges:
+        """What a plan must cover to serve every resolution; text has its full length."""
+        return Ranges.covering(self.sizes, text_tokens=self.text_tokens, batch=self.batch)
 
     def weight_files(self) -> list[WeightFile]:
         """Every weight file of the bundle, once each."""

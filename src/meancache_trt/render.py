@@ -20,14 +20,15 @@ from meancache_trt.conditioning import Conditioning
 from meancache_trt.embedding_cache import open_cache
 from meancache_trt.encoding import BundleEncoder
 from meancache_trt.engine.select import open_runtime
-from meancache_trt.errors import BundleError, InputError, ScheduleError
+from meancache_trt.errors import InputError, ScheduleError
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.files import atomic_write, encode_json
 from meancache_trt.meancache.hashing import digest_of
 from meancache_trt.meancache.noise import philox_normal, torch_normal
-from meancache_trt.meancache.schedule import Schedule, check_guidance_scale, load_schedule
+from meancache_trt.meancache.schedule import Schedule, check_guidance_scale
 from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
+from meancache_trt.selection import check_grid, find_resolution, find_schedule
 from meancache_trt.session import Graphs, Session
 
 if TYPE_CHECKING:
@@ -149,10 +150,10 @@ class Pipeline:
         """
         return self._encoder.encode(prompts)
 
-    def grid(self, steps: int) -> SigmaGrid:
+    def grid(self, steps: int, resolution: Resolution | None = None) -> SigmaGrid:
         """The grid that the checkpoint's own pipeline would use with this many steps."""
         export = self.bundle.export
-        size = self.resolution()
+        size = resolution or export.resolution
         return grid_from_config(
             export.scheduler,
             steps,
@@ -163,35 +164,44 @@ class Pipeline:
             frames=size.frames,
         )
 
-    def resolution(self, height: int | None = None, width: int | None = None) -> Resolution:
-        """The bundle's resolution. Raises `BundleError` where another is asked for."""
-        size = self.bundle.export.resolution
-        wanted = (height or size.height, width or size.width)
-        if wanted != (size.height, size.width):
-            raise BundleError(
-                f"this bundle renders {size.width}x{size.height}, found {wanted[1]}x{wanted[0]}; "
-                f"build one with --height {wanted[0]} --width {wanted[1]}"
-            )
-        return size
+    def resolution(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> Resolution:
+        """The first of the bundle's resolutions that has the values given; its default for none.
+
+        Raises `BundleError` that lists what there is and says how to add another.
+        """
+        return find_resolution(self.bundle, height, width, frames)
 
     def schedule(
         self,
         schedule: str | int | Path | Schedule | None = None,
         guidance_scale: float | None = None,
+        resolution: Resolution | None = None,
     ) -> Schedule:
-        """Find a schedule and check that it belongs to this bundle.
+        """Find a schedule and check that it belongs to this bundle and resolution.
 
         Args:
             schedule: a name in the bundle, a budget, a file, or None for the bundle's largest
-                calibrated one (its largest, where none is calibrated).
+                calibrated one (its largest, where none is calibrated). Of a budget, and for None,
+                those count that are calibrated for the resolution.
             guidance_scale: what will be rendered with; see `guidance`.
+            resolution: what will be rendered; by default the bundle's default.
 
         Raises:
             BundleError: where the bundle has none of that name or budget.
             ScheduleError: where it belongs to another model, grid, guidance scale or precision.
         """
-        found = schedule if isinstance(schedule, Schedule) else self._find(schedule)
         export = self.bundle.export
+        rendered = resolution or export.resolution
+
+        def grid_of(steps: int) -> SigmaGrid:
+            return self.grid(steps, rendered)
+
+        if isinstance(schedule, Schedule):
+            found = schedule
+        else:
+            found = find_schedule(self.bundle, schedule, rendered.size, grid_of)
         if found.family not in (None, export.family):
             raise ScheduleError(
                 f"schedule {found.name!r} is for the family {found.family!r}, this bundle is "
@@ -209,11 +219,13 @@ class Pipeline:
                 f"schedule {found.name!r} was calibrated in {found.precision}, this bundle's "
                 f"network is {precision}; calibrate in {precision}"
             )
-        return found.fit_to(self.grid(found.grid.steps), self.guidance(guidance_scale, found))
+        grid = grid_of(found.grid.steps)
+        check_grid(self.bundle, found, rendered.size, grid)
+        return found.fit_to(grid, self.guidance(guidance_scale, found))
 
     def session(self, schedule: Schedule, resolution: Resolution | None = None) -> Session:
         """The session of a schedule and size; made once, then kept."""
-        size = resolution or self.resolution()
+        size = resolution or self.bundle.export.resolution
         key = (schedule, size.noise_shape)
         if key not in self._sessions:
             self._sessions[key] = Session(self.graphs, schedule, size)
@@ -251,6 +263,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        frames: int | None = None,
         noise: NoiseSource = "philox",
         vae_tiling: bool = False,
         on_evaluation: OnImage | None = None,
@@ -267,8 +280,9 @@ class Pipeline:
             seed: one for all, or one for each.
             schedule: see `schedule`.
             guidance_scale: by default the schedule's, or the model's.
-            height: pixels; by default the bundle's.
-            width: pixels; by default the bundle's.
+            height: pixels; see `resolution`, as for width and frames.
+            width: pixels.
+            frames: of a video.
             noise: "philox" is this project's generator, the same in every host; "torch" gives
                 diffusers' own noise for `torch.Generator("cpu").manual_seed(seed)`.
             vae_tiling: decode in blended tiles as after `pipe.vae.enable_tiling()`: less memory.
@@ -277,8 +291,8 @@ class Pipeline:
         seeds = _seeds(seed, _count(prompts))
         if noise not in _NOISE:
             raise InputError(f"noise is one of {', '.join(_NOISE)}, found {noise!r}")
-        size = self.resolution(height, width)
-        chosen = self.schedule(schedule, guidance_scale)
+        size = self.resolution(height, width, frames)
+        chosen = self.schedule(schedule, guidance_scale, size)
         scale = self.guidance(guidance_scale, chosen)
         starts = [_NOISE[noise](start, size.noise_shape) for start in seeds]
         conditionings = self._encoder.for_pictures(prompts, negative_prompt)
@@ -312,37 +326,6 @@ class Pipeline:
                 )
             )
         return renderings
-
-    def _find(self, schedule: str | int | Path | None) -> Schedule:
-        schedules = [self.bundle.schedule(name) for name in self.bundle.schedule_names()]
-        if schedule is None:
-            calibrated = [found for found in schedules if found.calibration is not None]
-            if not schedules:
-                raise BundleError(
-                    f"{self.bundle.directory} has no schedule yet; `meancache-trt bake` makes one"
-                )
-            return (calibrated or schedules)[0]
-        if isinstance(schedule, int) or (isinstance(schedule, str) and schedule.isdecimal()):
-            return self._of_budget(int(schedule), schedules)
-        if Path(schedule).suffix == ".json":
-            return load_schedule(schedule)
-        return self.bundle.schedule(str(schedule))
-
-    def _of_budget(self, budget: int, schedules: Sequence[Schedule]) -> Schedule:
-        """The only calibrated schedule of that budget, or the only one."""
-        fitting = [found for found in schedules if found.budget == budget]
-        fitting = [found for found in fitting if found.calibration is not None] or fitting
-        if not fitting:
-            raise BundleError(
-                f"{self.bundle.directory} has no schedule of {budget} evaluations; it has "
-                f"{[found.budget for found in schedules]}. Add one with `meancache-trt bake`"
-            )
-        if len(fitting) > 1:
-            raise BundleError(
-                f"{self.bundle.directory} has several schedules of {budget} evaluations: "
-                f"{', '.join(found.name for found in fitting)}; ask for one by name"
-            )
-        return fitting[0]
 
 
 def load(

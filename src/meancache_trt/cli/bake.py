@@ -8,6 +8,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
+from meancache_trt import build as stages
 from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.baking import BakeOptions, bake_schedules
 from meancache_trt.calibration.trajectories import load_trajectories
@@ -67,6 +68,8 @@ def bake(
     From nodes:         bake --method official --nodes 0,1,3,7 --spans 1,2,1 --steps 10 --shift 3
     A published one:    bake --preset Qwen/Qwen-Image:10
     From a calibration: bake --calibration DIR --budget 10 --bundle flux.mcb
+
+    A calibration of another resolution than the bundle's default has it in its schedules' names.
     """
     _refuse_what_does_not_apply(preset is not None, calibration is not None, nodes is not None)
     if preset is not None:
@@ -81,9 +84,12 @@ def bake(
         schedule = bake_schedule(
             method or "euler", grid, nodes, spans, guidance_scale=guidance_scale
         )
+    opened = None if bundle is None else Bundle.open(bundle)
     if name is not None:
         schedule = msgspec.structs.replace(schedule, name=name)
-    _deliver(schedule, output, bundle)
+    elif opened is not None:
+        schedule = stages.named_in(opened, schedule)
+    _deliver(schedule, output, opened)
     _print(schedule, as_json=as_json)
 
 
@@ -118,13 +124,13 @@ def _from_calibration(directory: Path, budget: int | None, method: str | None) -
     return schedule
 
 
-def _deliver(schedule: Schedule, output: Path | None, bundle: Path | None) -> None:
+def _deliver(schedule: Schedule, output: Path | None, bundle: Bundle | None) -> None:
     if output is not None:
         save_schedule(schedule, output)
         note(f"wrote {output}")
     if bundle is not None:
-        Bundle.open(bundle).add_schedule(schedule)
-        note(f"added schedule {schedule.name} to {bundle}")
+        bundle.add_schedule(schedule)
+        note(f"added schedule {schedule.name} to {bundle.directory}")
 
 
 def _print(schedule: Schedule, *, as_json: bool) -> None:

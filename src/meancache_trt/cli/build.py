@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 from meancache_trt import build as stages
-from meancache_trt.bundle import Bundle
+from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.calibration.baking import bake_schedules
 from meancache_trt.cli import options
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
@@ -16,6 +16,7 @@ from meancache_trt.cli.output import hush_libraries, note, print_json, print_tab
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.meancache.schedule import save_schedule
+from meancache_trt.shapes import PictureSize, Range
 
 _samples = click.option(
     "--samples",
@@ -66,9 +67,11 @@ _output = click.option(
 @click.command()
 @options.model
 @_output
+@options.resolutions
 @options.height
 @options.width
 @options.frames
+@options.batch
 @_text_tokens
 @options.steps
 @options.guidance_scale
@@ -85,9 +88,11 @@ _output = click.option(
 def build(
     model: str,
     output: Path,
+    resolutions: tuple[PictureSize, ...],
     height: int | None,
     width: int | None,
     frames: int | None,
+    batch: Range | None,
     text_tokens: int | None,
     steps: int,
     guidance_scale: float | None,
@@ -107,14 +112,19 @@ def build(
     MODEL is a diffusers folder, a hub id, or standin/flux, the small model that comes with the
     package. Stages that are finished are not done again. What is recorded for calibration goes to
     OUTPUT.calibration beside the bundle and can be deleted afterwards.
+
+    Of several resolutions the first is calibrated; the command again, with another one first, adds
+    schedules for that one, called bN-WIDTHxHEIGHT.
     """
+    options.check_one_way(resolutions, height, width, frames)
     hush_libraries()
     checkpoint = stages.find_model(model)
-    size = stages.picture_size(checkpoint, height, width)
+    known = None if force else output
+    first, *further = resolutions or (_one_size(checkpoint, known, height, width, frames),)
     prompts = _prompts_of(checkpoint, file)
     recording = stages.RecordOptions(
-        size=size,
-        frames=frames,
+        size=(first.height, first.width),
+        frames=first.frames,
         prompts=prompts,
         steps=steps,
         samples=samples,
@@ -123,15 +133,17 @@ def build(
         budgets=budgets or stages.DEFAULT_BUDGETS,
     )
     exporting = stages.ExportOptions(
-        size=size,
-        frames=frames,
+        size=(first.height, first.width),
+        frames=first.frames,
+        further_sizes=tuple(further),
+        batch=batch,
         text_tokens=text_tokens,
         weights=weights,
         precisions=precisions or None,
         is_parity_checked=not skip_parity,
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
-    work = output.with_name(f"{output.name}.calibration")
+    work = stages.calibration_directory(bundle, checkpoint, exporting)
     with progress("calibrate") as report:
         trajectories = stages.record_pipeline(
             checkpoint, work, recording, note=note, report=report, is_forced=force
@@ -144,9 +156,11 @@ def build(
 @click.command()
 @options.model
 @_output
+@options.resolutions
 @options.height
 @options.width
 @options.frames
+@options.batch
 @_text_tokens
 @_weights
 @_precision
@@ -156,9 +170,11 @@ def build(
 def export(
     model: str,
     output: Path,
+    resolutions: tuple[PictureSize, ...],
     height: int | None,
     width: int | None,
     frames: int | None,
+    batch: Range | None,
     text_tokens: int | None,
     weights: Literal["link", "copy"],
     precisions: tuple[str, ...],
@@ -166,12 +182,21 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Export a checkpoint's graphs into a new bundle and compare them with diffusers."""
+    """Export a checkpoint's graphs into a new bundle and compare them with diffusers.
+
+    Where OUTPUT is a bundle of MODEL, resolutions that it does not list are added to it: its graphs
+    serve them all and stay as they are.
+    """
+    options.check_one_way(resolutions, height, width, frames)
     hush_libraries()
     checkpoint = stages.find_model(model)
+    known = None if force else output
+    first, *further = resolutions or (_one_size(checkpoint, known, height, width, frames),)
     exporting = stages.ExportOptions(
-        size=stages.picture_size(checkpoint, height, width),
-        frames=frames,
+        size=(first.height, first.width),
+        frames=first.frames,
+        further_sizes=tuple(further),
+        batch=batch,
         text_tokens=text_tokens,
         weights=weights,
         precisions=precisions or None,
@@ -186,6 +211,7 @@ def export(
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to record in."
 )
+@options.resolutions
 @options.height
 @options.width
 @options.frames
@@ -199,6 +225,7 @@ def export(
 def calibrate(
     model: str,
     output: Path,
+    resolutions: tuple[PictureSize, ...],
     height: int | None,
     width: int | None,
     frames: int | None,
@@ -213,13 +240,18 @@ def calibrate(
     """Record a checkpoint's own pipeline over all its steps, and bake schedules from that.
 
     Can be interrupted and resumed. With --budget, schedules are written to OUTPUT/bN.json;
-    `bake --calibration OUTPUT` makes more later without running the network.
+    `bake --calibration OUTPUT` makes more later without running the network, and adds them to a
+    bundle. OUTPUT holds one resolution.
     """
+    options.check_one_way(resolutions, height, width, frames)
+    if len(resolutions) > 1:
+        raise click.UsageError("a calibration is of one resolution; give --resolution once")
     hush_libraries()
     checkpoint = stages.find_model(model)
+    (size,) = resolutions or (_one_size(checkpoint, None, height, width, frames),)
     recording = stages.RecordOptions(
-        size=stages.picture_size(checkpoint, height, width),
-        frames=frames,
+        size=(size.height, size.width),
+        frames=size.frames,
         prompts=_prompts_of(checkpoint, file),
         steps=steps,
         samples=samples,
@@ -279,6 +311,20 @@ def report_schedules(bundle: Bundle, *, as_json: bool) -> None:
         return
     print_schedules(schedules)
     note(f"built {bundle.directory}")
+
+
+def _one_size(
+    checkpoint: Checkpoint,
+    bundle: Path | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+) -> PictureSize:
+    """What --height, --width and --frames say; without them what `bundle`, if there, renders."""
+    is_any_given = (height, width, frames) != (None, None, None)
+    if bundle is not None and not is_any_given and (bundle / MANIFEST).is_file():
+        return Bundle.open(bundle).export.resolution.size
+    return PictureSize(*stages.picture_size(checkpoint, height, width), frames)
 
 
 def _prompts_of(checkpoint: Checkpoint, file: Path | None) -> tuple[str, ...]:

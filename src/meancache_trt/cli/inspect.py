@@ -18,6 +18,8 @@ from meancache_trt.cli import options
 from meancache_trt.cli.output import print_json, print_table, show_schedule
 from meancache_trt.engine.select import available_backends
 from meancache_trt.meancache.schedule import Schedule, load_schedule
+from meancache_trt.selection import calibrated_size
+from meancache_trt.shapes import Ranges
 
 _PACKAGES = (
     "onnxruntime",
@@ -93,6 +95,7 @@ def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
         facts = {
             "bundle_id": bundle.manifest.bundle_id,
             **msgspec.to_builtins(export),
+            "ranges": export.ranges,
             "schedules": [schedule_facts(schedule) for schedule in schedules],
             "plans": plans,
             "tools": bundle.manifest.tools,
@@ -102,9 +105,8 @@ def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
     click.echo(f"bundle      {bundle.directory}  ({bundle.manifest.bundle_id[:16]})")
     click.echo(f"family      {export.family}")
     click.echo(f"checkpoint  {export.model.name}  ({export.model.digest[:16]})")
-    size = export.resolution
-    frames = "" if size.frames is None else f", {size.frames} frames"
-    click.echo(f"picture     {size.width}x{size.height}{frames}")
+    click.echo(f"resolutions {', '.join(map(str, export.sizes))}")
+    click.echo(f"ranges      {_ranges(export.ranges)}")
     click.echo(f"guidance    {export.guidance.rule}, default {export.guidance.default_scale}")
     click.echo()
     print_table(
@@ -130,16 +132,30 @@ def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
         click.echo(f"plan {path}")
 
 
+def _ranges(ranges: Ranges) -> str:
+    """Each range that there is, MIN/OPT/MAX."""
+    named = msgspec.structs.asdict(ranges).items()
+    return ", ".join(f"{name.replace('_', ' ')} {each}" for name, each in named if each)
+
+
 def print_schedules(schedules: Sequence[Schedule]) -> None:
     """Print one line a schedule."""
     print_table(
-        ["schedule", "evaluations", "of", "method", "history", "guidance scale"],
-        [[s.name, s.budget, s.grid.steps, s.method, s.history, _scale(s)] for s in schedules],
+        ["schedule", "evaluations", "of", "method", "history", "guidance scale", "calibrated at"],
+        [
+            [s.name, s.budget, s.grid.steps, s.method, s.history, _scale(s), _size(s) or ""]
+            for s in schedules
+        ],
     )
 
 
 def _scale(schedule: Schedule) -> str:
     return "any" if schedule.guidance_scale is None else str(schedule.guidance_scale)
+
+
+def _size(schedule: Schedule) -> str | None:
+    size = calibrated_size(schedule)
+    return None if size is None else str(size)
 
 
 def schedule_facts(schedule: Schedule) -> dict[str, object]:
@@ -151,4 +167,5 @@ def schedule_facts(schedule: Schedule) -> dict[str, object]:
         "method": schedule.method,
         "history": schedule.history,
         "guidance_scale": schedule.guidance_scale,
+        "calibrated_at": _size(schedule),
     }

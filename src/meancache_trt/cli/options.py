@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Protocol, Self, TypeVar, get_args
 
 import click
 
 from meancache_trt.engine.select import BACKENDS
+from meancache_trt.errors import InputError
 from meancache_trt.export.text import TextPrecision
+from meancache_trt.shapes import PictureSize, Range
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 backend = click.option(
@@ -63,6 +66,14 @@ text_precision = click.option(
 )
 
 
+class _FromText(Protocol):
+    @classmethod
+    def parse(cls, text: str) -> Self: ...
+
+
+Parsable = TypeVar("Parsable", bound=_FromText)
+
+
 class NumberList(click.ParamType[tuple[int, ...]]):
     """Whole numbers with commas between them, such as 0,1,3,7."""
 
@@ -81,3 +92,46 @@ class NumberList(click.ParamType[tuple[int, ...]]):
 
 
 NUMBERS = NumberList()
+
+
+class Parsed(click.ParamType[Parsable]):
+    """A type with a `parse` of its own, whose message becomes a usage error."""
+
+    def __init__(self, name: str, kind: type[Parsable]) -> None:
+        self.name, self._kind = name, kind
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Parsable:
+        """Parse; a usage error where that is refused."""
+        if isinstance(value, self._kind):
+            return value
+        try:
+            return self._kind.parse(str(value))
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
+resolutions = click.option(
+    "--resolution",
+    "resolutions",
+    type=Parsed("resolution", PictureSize),
+    metavar="WIDTHxHEIGHT[xFRAMES]",
+    multiple=True,
+    help="What is rendered, instead of --height, --width and --frames; may be given several times: "
+    "resolutions share graphs and weights, and the first is the default.",
+)
+batch = click.option(
+    "--batch",
+    type=Parsed("range", Range),
+    metavar="MIN/OPT/MAX",
+    help="Pictures at a time that plans are to be made for; 1/1/1 by default. No limit to others.",
+)
+
+
+def check_one_way(
+    resolutions: Sequence[PictureSize], height: int | None, width: int | None, frames: int | None
+) -> None:
+    """Raise a usage error where --resolution meets one of the options that it replaces."""
+    if resolutions and (height, width, frames) != (None, None, None):
+        raise click.UsageError("give --resolution, or --height, --width and --frames, but not both")

@@ -45,6 +45,7 @@ from meancache_trt.render import NoiseSource, Rendering, load
 @options.guidance_scale
 @options.height
 @options.width
+@click.option("--frames", type=click.IntRange(min=1), help="Frames of a video.")
 @click.option(
     "--noise",
     type=click.Choice(["philox", "torch"]),
@@ -74,6 +75,7 @@ def render(
     guidance_scale: float | None,
     height: int | None,
     width: int | None,
+    frames: int | None,
     noise: NoiseSource,
     vae_tiling: bool,
     backend: str,
@@ -84,7 +86,8 @@ def render(
 ) -> None:
     """Render a picture for each prompt into a directory.
 
-    The same bundle, prompt, seed and schedule always give the same file.
+    The same bundle, prompt, seed and schedule always give the same file. --height, --width and
+    --frames choose among the bundle's resolutions: the first that has what is given.
     """
     prompts = _prompts(texts, file, embeddings)
     with (
@@ -106,6 +109,7 @@ def render(
                 guidance_scale=guidance_scale,
                 height=height,
                 width=width,
+                frames=frames,
                 noise=noise,
                 vae_tiling=vae_tiling,
                 on_evaluation=lambda image, images, done, budget: report(

@@ -1,0 +1,154 @@
+"""Ranges to shapes, for the published configurations of the three families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from meancache_trt.errors import InputError
+from meancache_trt.export.family import Configs, Family, Signature, Size, resolution, resolved
+from meancache_trt.export.flux import FLUX
+from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
+from meancache_trt.export.profiles import ShapeRange, profile
+from meancache_trt.export.qwen_image import QWEN_IMAGE
+from meancache_trt.export.update import update_signature
+from meancache_trt.manifest import Component, batch_symbols
+from meancache_trt.shapes import PictureSize, Range, Ranges
+from tests.export import test_hunyuan_video
+
+# black-forest-labs/FLUX.1-dev and Qwen/Qwen-Image, without what is unused
+FLUX_DEV: Configs = {
+    "transformer": {
+        "guidance_embeds": True,
+        "in_channels": 64,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+    },
+    "vae": {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16},
+}
+QWEN: Configs = {
+    "transformer": {"in_channels": 64, "joint_attention_dim": 3584},
+    "vae": {"temperal_downsample": [False, True, True], "z_dim": 16},
+}
+HUNYUAN: Configs = test_hunyuan_video.PUBLISHED
+
+BATCH = Range(1, 2, 4)
+CASES: dict[str, tuple[Family, Configs, tuple[str, ...], int]] = {
+    "flux": (FLUX, FLUX_DEV, ("1024x1024", "1024x512", "512x1280"), 512),
+    "qwen_image": (QWEN_IMAGE, QWEN, ("1328x1328", "1664x928", "928x1664"), 512),
+    "hunyuan_video": (HUNYUAN_VIDEO, HUNYUAN, ("1280x720x129", "544x960x61"), 256),
+}
+
+
+def graphs(family: Family, configs: Configs) -> Iterator[tuple[str, Component]]:
+    """Every graph of a family as a manifest records it."""
+    signatures = family.signatures(configs)
+    (latent,) = (r for r in signatures.prepare.outputs.values() if r.role == "latent")
+    parts: dict[str, Signature] = {
+        "prepare": signatures.prepare,
+        "transformer": signatures.transformer,
+        "vae_decoder": signatures.vae_decoder,
+        "update/h4": update_signature(family.guidance(configs).rule, latent, 4),
+    }
+    for name, signature in parts.items():
+        yield name, Component(f"{name}.onnx", signature.inputs, signature.outputs)
+
+
+def ranges(sizes: tuple[str, ...], text_tokens: int) -> Ranges:
+    listed = [PictureSize.parse(size) for size in sizes]
+    return Ranges.covering(listed, text_tokens=text_tokens, batch=BATCH)
+
+
+def profiles(name: str) -> dict[str, dict[str, ShapeRange]]:
+    family, configs, sizes, text_tokens = CASES[name]
+    wanted = ranges(sizes, text_tokens)
+    return {
+        graph: profile(component, family, configs, wanted)
+        for graph, component in graphs(family, configs)
+    }
+
+
+def test_flux_shapes_follow_from_height_and_width_together() -> None:
+    found = profiles("flux")
+    # tokens are 16 x 16 pixels: 32 x 32 of the smallest sides, 64 x 80 of the largest
+    tokens = (32 * 32, 64 * 64, 64 * 80)
+    assert found["transformer"] == {
+        "hidden_states": ((1, tokens[0], 64), (2, tokens[1], 64), (4, tokens[2], 64)),
+        "encoder_hidden_states": ((1, 512, 4096), (2, 512, 4096), (4, 512, 4096)),
+        "pooled_projections": ((1, 768), (2, 768), (4, 768)),
+        "timestep": ((1,), (2,), (4,)),
+        "guidance": ((1,), (2,), (4,)),
+        "image_rope": tuple((count, 256) for count in tokens),
+        "text_rope": ((512, 256),) * 3,
+    }
+    noise = ((1, 16, 64, 64), (2, 16, 128, 128), (4, 16, 160, 128))
+    assert found["prepare"]["noise"] == noise
+    latent = ((1, 32, 32, 64), (2, 64, 64, 64), (4, 80, 64, 64))
+    assert found["vae_decoder"] == {"latent": latent}
+    assert found["update/h4"]["weights"] == ((4,), (4,), (4,))
+
+
+def test_classifier_free_guidance_feeds_the_network_twice_the_batch() -> None:
+    found = profiles("qwen_image")
+    tokens = (58 * 58, 83 * 83, 104 * 104)
+    expected = tuple((2 * n, count, 64) for n, count in zip((1, 2, 4), tokens, strict=True))
+    assert found["transformer"]["hidden_states"] == expected
+    assert found["transformer"]["timestep"] == ((2,), (4,), (8,))
+    mask = ((2, 512), (4, 512), (8, 512))
+    assert found["transformer"]["encoder_hidden_states_mask"] == mask
+    assert found["prepare"]["noise"].opt == (2, 1, 16, 166, 166)
+    assert found["update/h4"]["model_output"].max == (8, tokens[2], 64)
+    assert found["update/h4"]["latent"].max == (4, tokens[2], 64)
+    assert found["update/h4"]["guidance_scale"] == ((1,), (2,), (4,))
+
+
+def test_video_shapes_follow_from_frames_too() -> None:
+    found = profiles("hunyuan_video")
+    # 61 and 129 frames are 16 and 33 latent ones, of 8 x 8 pixels
+    latent = ((1, 16, 16, 90, 68), (2, 16, 33, 90, 160), (4, 16, 33, 120, 160))
+    assert found["transformer"]["hidden_states"] == latent
+    assert found["vae_decoder"] == {"latent": latent}
+    rope = ((16, 45, 34, 128), (33, 45, 80, 128), (33, 60, 80, 128))
+    assert found["transformer"]["rope_cos"] == rope
+    assert found["transformer"]["encoder_attention_mask"] == ((1, 256), (2, 256), (4, 256))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_resolution_and_batch_lies_within_its_profile(name: str) -> None:
+    family, configs, sizes, text_tokens = CASES[name]
+    found = profiles(name)
+    listed = [PictureSize.parse(size) for size in sizes]
+    for index, size in enumerate(listed):
+        record = resolution(
+            family, configs, Size(size.height, size.width, text_tokens, size.frames)
+        )
+        for batch in BATCH.ends:
+            symbols = {**record.symbols, **batch_symbols(batch)}
+            for graph, component in graphs(family, configs):
+                for tensor, fed in component.inputs.items():
+                    smallest, usual, largest = map(np.array, found[graph][tensor])
+                    shape = np.array(resolved(fed, symbols))
+                    assert (smallest <= shape).all(), (graph, tensor)
+                    assert (shape <= largest).all(), (graph, tensor)
+                    if (index, batch) == (0, BATCH.opt):  # the default is what is usual
+                        assert (shape == usual).all(), (graph, tensor)
+
+
+def test_an_end_that_the_family_cannot_take_is_refused() -> None:
+    _, component = next(graphs(FLUX, FLUX_DEV))
+    side, one = Range.parse("1024"), Range.parse("1")
+    odd = Ranges(height=Range(512, 1024, 1030), width=side, text_tokens=one)
+    with pytest.raises(InputError, match=r"height is 1030; .* use 1024 or 1040"):
+        profile(component, FLUX, FLUX_DEV, odd)
+    film = Ranges(height=side, width=side, frames=one, text_tokens=one)
+    with pytest.raises(InputError, match="makes pictures"):
+        profile(component, FLUX, FLUX_DEV, film)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_text_may_be_padded_exactly_where_the_network_takes_a_mask(name: str) -> None:
+    family, configs, *_ = CASES[name]
+    roles = {record.role for record in family.signatures(configs).transformer.inputs.values()}
+    assert family.is_text_masked == ("text_mask" in roles)
