@@ -173,7 +173,8 @@ class Guidance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ParityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A graph against the unpatched module: largest absolute difference over `sizes`.
 
-    `tolerance` is what the difference had to stay below. `blocks` are those that were compared of a network that did not fit in memory; else empty.
+    `tolerance` is what the difference had to stay below. `blocks` are those that were compared of a
+    network that did not fit in memory; else empty.
     """
 
     component: str

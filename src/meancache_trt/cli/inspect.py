@@ -123,8 +123,16 @@ def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
     )
     click.echo()
     print_table(
-        ["parity", "max abs error", "tolerance"],
-        [[p.component, f"{p.max_abs_error:.1e}", f"{p.tolerance:.0e}"] for p in export.parity],
+        ["parity", "max abs error", "tolerance", "compared"],
+        [
+            [
+                p.component,
+                f"{p.max_abs_error:.1e}",
+                f"{p.tolerance:.1e}",
+                ", ".join(p.blocks) or "whole",
+            ]
+            for p in export.parity
+        ],
     )
     click.echo()
     print_schedules(schedules)
