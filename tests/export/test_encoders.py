@@ -97,8 +97,8 @@ def test_graph_equals_the_encoder_at_any_batch_and_length(
     network = load_encoder(text, folder)
     for batch in (1, 3):
         for tokens in lengths:  # 300 tokens: beyond the distances that T5 tells apart
-            # float32 sums in another order over one layer; measured at most 3e-6
-            assert error(root, part, network, text, batch, tokens) <= 1e-5
+            # float32 sums in another order over one layer; measured at most 4.4e-6
+            assert error(root, part, network, text, batch, tokens) <= 2e-5
 
 
 @pytest.mark.parametrize(("text", "tokens"), [(CLIP, 16), (T5, 300)])
@@ -110,7 +110,7 @@ def test_another_runtime_gives_the_same(folder: Path, text: TextGraph, tokens: i
     exact = {"INFERENCE_PRECISION_HINT": "f32"}  # its own default is bfloat16 on some processors
     model = openvino.Core().compile_model(root / part.path, "CPU", exact)
     (found,) = model(ids).values()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # as with torch, above
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)  # as with torch, above
 
 
 def stored(root: Path, part: Component) -> set[str]:
@@ -141,7 +141,7 @@ def test_half_precision_shards_are_cast_inside_the_graph(
     assert part.shared_bytes >= 0.95 * part.weight_bytes
     network = load_encoder(text, folder)
     tokens = 16 if text is CLIP else 12
-    assert error(root, part, network, text, 2, tokens) <= 1e-5  # as in float32, above
+    assert error(root, part, network, text, 2, tokens) <= 2e-5  # as in float32, above
 
 
 def test_names_and_constants_of_older_clip_checkpoints_are_understood(folder: Path) -> None:
@@ -151,7 +151,7 @@ def test_names_and_constants_of_older_clip_checkpoints_are_understood(folder: Pa
     older["text_model.embeddings.position_ids"] = torch.arange(16)[None]
     rewrite(folder, "text_encoder", older)
     root, part = export(folder, CLIP)
-    assert error(root, part, load_encoder(CLIP, folder), CLIP, 2, 16) <= 1e-5
+    assert error(root, part, load_encoder(CLIP, folder), CLIP, 2, 16) <= 2e-5
     assert "embeddings.token_embedding.weight" in stored(root, part)
 
 
@@ -162,7 +162,7 @@ def test_end_token_of_older_clip_configurations_is_the_largest_id(folder: Path) 
     path.unlink()
     path.write_text(json.dumps(config))
     root, part = export(folder, CLIP)
-    assert error(root, part, load_encoder(CLIP, folder), CLIP, 3, 16) <= 1e-5
+    assert error(root, part, load_encoder(CLIP, folder), CLIP, 3, 16) <= 2e-5
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_shared_embedding_is_found_under_any_of_its_names(folder: Path, names: l
     embedding = tensors.pop("shared.weight")
     rewrite(folder, "text_encoder_2", {**tensors, **{name: embedding.clone() for name in names}})
     root, part = export(folder, T5)
-    assert error(root, part, load_encoder(T5, folder), T5, 2, 12) <= 1e-5
+    assert error(root, part, load_encoder(T5, folder), T5, 2, 12) <= 2e-5
 
 
 def test_a_decoder_in_the_checkpoint_is_left_out(folder: Path) -> None:
