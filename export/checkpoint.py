@@ -140,6 +140,12 @@ def resolve_checkpoint(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise ExportError(
+            f"{name} is a single file; expected a diffusers pipeline folder, whose weights can be "
+            "shared as they are. Load the file with the pipeline's from_single_file and write the "
+            "folder with save_pretrained"
+        )
     if Path(name).is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise ExportError(
             f"{name} is neither a folder nor a hub id of the form owner/name; expected a diffusers "

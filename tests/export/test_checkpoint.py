@@ -109,6 +109,13 @@ def test_name_that_cannot_be_a_hub_id_is_told_at_once(name: str) -> None:
         resolve_checkpoint(name)
 
 
+def test_single_file_in_its_authors_layout_is_told_with_the_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "flux1-dev.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ExportError, match=r"single file.*from_single_file.*save_pretrained"):
+        resolve_checkpoint(str(file))
+
+
 def test_hub_id_is_looked_up_locally_before_the_network(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
