@@ -14,9 +14,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from meancache_trt import standins
 from meancache_trt.engine.tensorrt_build import Shapes, build_plan, fused_attention_kernels
 from meancache_trt.errors import PlanError
-from meancache_trt.export.family import Size
+from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.export.family import Size, resolved
+from meancache_trt.export.flux import FLUX
+from meancache_trt.export.graphs import write_graph
+from meancache_trt.export.job import PRECISIONS, Job
+from meancache_trt.export.networks import text_encoders
+from meancache_trt.export.weights import place_weights
 from meancache_trt.manifest import Component, Role
 from tests.export.families import TINY, TinyExport, tiny_export
 
@@ -75,6 +82,21 @@ def test_every_other_graph_builds_too(tiny: TinyExport) -> None:
     for name in ("prepare", "update/h4", "vae_decoder/bfloat16"):
         component = tiny.exported.components[name]
         assert build_plan(tiny.directory / component.path, shapes(tiny, component), ["8.9"])
+
+
+def test_text_encoders_build_with_fused_attention(tmp_path: Path) -> None:
+    # The stand-in's: TensorRT for RTX 1.7 fails on the tiny CLIP's attention heads of 20.
+    source = Checkpoint(standins.path("flux"))
+    configs = source.configs(("transformer", "vae", "scheduler", *FLUX.text_components))
+    job = Job(source, FLUX, configs, Size(64, 64, 24), tmp_path, "link", lambda _: None)
+    for model in text_encoders(job):
+        files = place_weights(source.weight_files(model.part), tmp_path, model.folder, "link")
+        component = write_graph(model, PRECISIONS["bfloat16"], files)
+        ends = [{"batch": batch, "text_tokens": 24} for batch in (1, 1, 2)]
+        ((name, record),) = component.inputs.items()
+        ids = tuple(resolved(record, symbols) for symbols in ends)
+        plan = build_plan(tmp_path / component.path, {name: ids}, ["8.9", "12.0"])  # type: ignore[dict-item]
+        assert fused_attention_kernels(plan)
 
 
 def test_openvino_runs_it_within_the_error_of_bfloat16(tiny: TinyExport) -> None:
