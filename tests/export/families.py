@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
+from filelock import FileLock
+
+from meancache_trt.bundle import Bundle, create_bundle
 from meancache_trt.export import export_components
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Family, Size, resolved
@@ -25,12 +30,19 @@ TEXT_TOKENS = 12
 
 @dataclass(frozen=True)
 class TinyExport:
-    """A checkpoint folder and an export of it beside."""
+    """A checkpoint folder and a bundle of it beside."""
 
     family: Family
     checkpoint: Path
-    directory: Path
-    exported: Exported
+    bundle: Bundle
+
+    @property
+    def directory(self) -> Path:
+        return self.bundle.directory
+
+    @property
+    def exported(self) -> Exported:
+        return self.bundle.export
 
     @cached_property
     def configs(self) -> Mapping[str, Mapping[str, Any]]:
@@ -49,18 +61,33 @@ class TinyExport:
         return {name: resolved(record, symbols) for name, record in component.inputs.items()}
 
 
-def tiny_export(name: str, folder: Path) -> TinyExport:
-    """Export a family's tiny pipeline into `folder`."""
-    checkpoint, directory = folder / f"tiny-{name}", folder / "exported"
+def shared_export(name: str, factory: pytest.TempPathFactory) -> TinyExport:
+    """A family's tiny export, made once a test run, also where tests run in processes.
+
+    Do not change it.
+    """
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"tiny-{name}"
+    checkpoint, bundle = root / "checkpoint", root / "tiny.mcb"
+    with FileLock(f"{root}.lock"):
+        if not bundle.exists():
+            _export(name, checkpoint, bundle)
+    return TinyExport(detect(checkpoint), checkpoint, Bundle.open(bundle))
+
+
+def _export(name: str, checkpoint: Path, bundle: Path) -> None:
     TINY[name]().save_pretrained(checkpoint)
-    exported = export_components(
-        checkpoint,
-        directory,
-        height=32,
-        width=48,
-        frames=5 if name == "hunyuan_video" else None,
-        text_tokens=TEXT_TOKENS,
-        precisions=["bfloat16"],
-        check_parity=False,
-    )
-    return TinyExport(detect(checkpoint), checkpoint, directory, exported)
+
+    def fill(target: Path) -> Exported:
+        return export_components(
+            checkpoint,
+            target,
+            height=32,
+            width=48,
+            frames=5 if name == "hunyuan_video" else None,
+            text_tokens=TEXT_TOKENS,
+            precisions=["bfloat16"],
+            check_parity=False,
+        )
+
+    create_bundle(bundle, fill, {})

@@ -25,14 +25,14 @@ from meancache_trt.export.job import PRECISIONS, Job
 from meancache_trt.export.networks import text_encoders
 from meancache_trt.export.weights import place_weights
 from meancache_trt.manifest import Component, Role
-from tests.export.families import TINY, TinyExport, tiny_export
+from tests.export.families import TINY, TinyExport, shared_export
 
 Arrays = dict[str, NDArray[Any]]
 
 
 @pytest.fixture(scope="module", params=sorted(TINY))
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
-    return tiny_export(request.param, tmp_path_factory.mktemp(request.param))
+    return shared_export(request.param, tmp_path_factory)
 
 
 def shapes(tiny: TinyExport, component: Component) -> Shapes:
