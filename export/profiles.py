@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from meancache_trt.export.family import Configs, Family, Size, check_size, resolved
-from meancache_trt.manifest import Component, batch_symbols
+from meancache_trt.manifest import Component, Tiling, batch_symbols
 from meancache_trt.shapes import Ranges
 
 Shape = tuple[int, ...]
@@ -27,15 +27,31 @@ def profile(
 
     The smallest of all sizes are taken together, and so are the largest: 512x1024 and 1024x512 are
     covered by 512x512 to 1024x1024. Every symbol follows by the family's own rule, so that the
-    inputs of one graph agree, and those of graphs that hand tensors on to each other.
+    inputs of one graph agree, and those of graphs that hand tensors on to each other. A latent that
+    is decoded in tiles is as long as a tile at most, where it is always tiled, and as short as one
+    position, which a last tile may be.
 
     Raises `InputError` where an end of the ranges is a size that the family cannot take.
     """
     ends = list(_symbols(family, configs, ranges))
-    return {
-        name: ShapeRange(*(resolved(record, symbols) for symbols in ends))
-        for name, record in component.inputs.items()
-    }
+    tiling = family.tiling(configs) if family.tiling else Tiling()
+    shapes = {}
+    for name, record in component.inputs.items():
+        whole = ShapeRange(*(resolved(record, symbols) for symbols in ends))
+        shapes[name] = _tiled(whole, tiling) if record.role == "latent_grid" else whole
+    return shapes
+
+
+def _tiled(whole: ShapeRange, tiling: Tiling) -> ShapeRange:
+    smallest, usual, largest = (list(shape) for shape in whole)
+    for axis in (*([tiling.time] if tiling.time else []), *tiling.space):
+        place = axis.latent_axis
+        if largest[place] > axis.longest_whole:
+            smallest[place] = 1
+            if axis == tiling.time:
+                usual[place] = min(usual[place], axis.tile)
+                largest[place] = axis.tile
+    return ShapeRange(tuple(smallest), tuple(usual), tuple(largest))
 
 
 def _symbols(family: Family, configs: Configs, ranges: Ranges) -> Iterator[dict[str, int]]:

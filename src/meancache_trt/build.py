@@ -201,7 +201,7 @@ def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) 
         return "linked weights against copied ones"
     for precision in options.precisions or ():
         if component_name("transformer", precision) not in there.components:
-            return f"no {precision} graph against one"
+            return f"no {precision} graphs against some"
     if options.is_parity_checked and not there.parity:
         return "graphs that were not compared with diffusers"
     return _other_model(there.model, identify(checkpoint))

@@ -16,6 +16,7 @@ from meancache_trt.export.qwen_image import QWEN_IMAGE
 from meancache_trt.export.update import update_signature
 from meancache_trt.manifest import Component, batch_symbols
 from meancache_trt.shapes import PictureSize, Range, Ranges
+from meancache_trt.tiling import levels, pieces
 from tests.export import test_hunyuan_video
 
 # black-forest-labs/FLUX.1-dev and Qwen/Qwen-Image, without what is unused
@@ -26,7 +27,11 @@ FLUX_DEV: Configs = {
         "joint_attention_dim": 4096,
         "pooled_projection_dim": 768,
     },
-    "vae": {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16},
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512],
+        "latent_channels": 16,
+        "sample_size": 1024,
+    },
 }
 QWEN: Configs = {
     "transformer": {"in_channels": 64, "joint_attention_dim": 3584},
@@ -85,7 +90,8 @@ def test_flux_shapes_follow_from_height_and_width_together() -> None:
     }
     noise = ((1, 16, 64, 64), (2, 16, 128, 128), (4, 16, 160, 128))
     assert found["prepare"]["noise"] == noise
-    latent = ((1, 32, 32, 64), (2, 64, 64, 64), (4, 80, 64, 64))
+    # 80 rows may be decoded in tiles of 64, the last of which may have one
+    latent = ((1, 1, 32, 64), (2, 64, 64, 64), (4, 80, 64, 64))
     assert found["vae_decoder"] == {"latent": latent}
     assert found["update/h4"]["weights"] == ((4,), (4,), (4,))
 
@@ -109,7 +115,9 @@ def test_video_shapes_follow_from_frames_too() -> None:
     # 61 and 129 frames are 16 and 33 latent ones, of 8 x 8 pixels
     latent = ((1, 16, 16, 90, 68), (2, 16, 33, 90, 160), (4, 16, 33, 120, 160))
     assert found["transformer"]["hidden_states"] == latent
-    assert found["vae_decoder"] == {"latent": latent}
+    # decoded in tiles of 5 latent frames, the last of 1; in space tiled on request
+    tile = ((1, 16, 1, 1, 1), (2, 16, 5, 90, 160), (4, 16, 5, 120, 160))
+    assert found["vae_decoder"] == {"latent": tile}
     rope = ((16, 45, 34, 128), (33, 45, 80, 128), (33, 60, 80, 128))
     assert found["transformer"]["rope_cos"] == rope
     assert found["transformer"]["encoder_attention_mask"] == ((1, 256), (2, 256), (4, 256))
@@ -127,6 +135,8 @@ def test_every_resolution_and_batch_lies_within_its_profile(name: str) -> None:
         for batch in BATCH.ends:
             symbols = {**record.symbols, **batch_symbols(batch)}
             for graph, component in graphs(family, configs):
+                if graph == "vae_decoder":  # fed tiles: below
+                    continue
                 for tensor, fed in component.inputs.items():
                     smallest, usual, largest = map(np.array, found[graph][tensor])
                     shape = np.array(resolved(fed, symbols))
@@ -134,6 +144,30 @@ def test_every_resolution_and_batch_lies_within_its_profile(name: str) -> None:
                     assert (shape <= largest).all(), (graph, tensor)
                     if (index, batch) == (0, BATCH.opt):  # the default is what is usual
                         assert (shape == usual).all(), (graph, tensor)
+
+
+@pytest.mark.parametrize("is_space_tiled", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_every_tile_of_every_resolution_lies_within_the_decoders_profile(
+    name: str, is_space_tiled: bool
+) -> None:
+    family, configs, sizes, text_tokens = CASES[name]
+    smallest, _, largest = profiles(name)["vae_decoder"]["latent"]
+    assert family.tiling is not None
+    axes = [
+        axis
+        for level in levels(family.tiling(configs), is_space_tiled=is_space_tiled)
+        for axis in level
+    ]
+    for listed in map(PictureSize.parse, sizes):
+        size = Size(listed.height, listed.width, text_tokens, listed.frames)
+        shape = (1, *resolution(family, configs, size).decode_shape)
+        for axis in axes:
+            extent = shape[axis.latent_axis]
+            parts = pieces(axis, extent) if extent > axis.longest_whole else []
+            lengths = [part.latent.stop - part.latent.start for part in parts] or [extent]
+            assert smallest[axis.latent_axis] <= min(lengths)
+            assert max(lengths) <= largest[axis.latent_axis]
 
 
 def test_an_end_that_the_family_cannot_take_is_refused() -> None:
