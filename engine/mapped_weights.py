@@ -50,8 +50,8 @@ def _initializers(graph: Path) -> Any:
         import onnx  # noqa: PLC0415  (needed for such bundles only)
     except ImportError as error:
         raise RuntimeUnavailableError(
-            f"the weights of {graph} are links to another file system, which ONNX Runtime takes "
-            "by name only, and finding the names needs the package onnx; run `pip install onnx`, "
+            f"the weights of {graph} are symbolic links, which ONNX Runtime takes by name only, "
+            "and finding the names needs the package onnx; run `pip install onnx`, "
             "or build the bundle with --weights copy"
         ) from error
     return onnx.load(graph, load_external_data=False).graph.initializer

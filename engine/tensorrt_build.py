@@ -40,7 +40,8 @@ def build_plan(graph: Path, shapes: Shapes, compute_capabilities: Sequence[str] 
     builder = library.Builder(logger)
     network = _parsed(library, builder, logger, graph)
     config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, network, shapes))
+    if config.add_optimization_profile(_profile(builder, network, shapes)) < 0:
+        raise PlanError(f"{library.__name__} refuses the shapes for {graph}: {logger.reason()}")
     _target(library, config, compute_capabilities)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -124,6 +125,7 @@ def _target(library: Any, config: Any, compute_capabilities: Sequence[str]) -> N
         if name not in known:
             raise PlanError(
                 f"{library.__name__} {library.__version__} builds for {', '.join(known)}, found "
-                f"{capability}"
+                f"{capability}; leave it out, or build with `tensorrt` on that GPU"
             )
-        config.set_compute_capability(known[name], index)
+        if not config.set_compute_capability(known[name], index):
+            raise PlanError(f"{library.__name__} refuses to build for {capability}")

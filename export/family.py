@@ -70,6 +70,7 @@ class TextGraph:
     output `field` of what the encoder returns, under the transformer's name for it. `blocks` is as
     in `Family`.
     `former_prefix` is what checkpoints of older versions have before each tensor's name.
+    `is_float16_safe` is off where activations exceed float16.
     """
 
     component: str
@@ -79,6 +80,7 @@ class TextGraph:
     signature: Callable[[Configs], Signature]
     blocks: Mapping[str, str]
     former_prefix: str = ""
+    is_float16_safe: bool = True
 
 
 class Wrapper(Protocol):
@@ -167,8 +169,6 @@ class Family:
     pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
     it was reported that the network's activations exceed float16.
-    `is_text_masked` where padding has no effect, so that text may be fed at any length (a bucket)
-    that holds the prompt; elsewhere the length is a part of what is rendered.
     """
 
     name: str
@@ -194,7 +194,6 @@ class Family:
     float16_overflow: str | None = None
     tiling: Callable[[Configs], Tiling] | None = None
     text_graphs: tuple[TextGraph, ...] = ()
-    is_text_masked: bool = False
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:
@@ -263,11 +262,6 @@ def float32(role: Role, *shape: int | str) -> TensorRecord:
     return TensorRecord(dtype="float32", shape=shape, role=role)
 
 
-def resolved(record: TensorRecord, symbols: Mapping[str, int]) -> tuple[int, ...]:
-    """The record's shape with its symbols replaced by their sizes."""
-    return tuple(symbols[d] if isinstance(d, str) else d for d in record.shape)
-
-
 def resolution(family: Family, configs: Configs, size: Size) -> Resolution:
     """The record of a size that `check_size` has passed."""
     symbols = family.symbols(configs, size)
@@ -287,4 +281,4 @@ def _sample_shape(
     tensors: Mapping[str, TensorRecord], role: str, symbols: Mapping[str, int]
 ) -> tuple[int, ...]:
     record = next(record for record in tensors.values() if record.role == role)
-    return resolved(record, {**symbols, "batch": 1})[1:]
+    return record.resolved({**symbols, "batch": 1})[1:]

@@ -50,7 +50,7 @@ def _longest_side(configs: Configs) -> int:
 
 def _default_side(configs: Configs) -> int:
     # FLUX.1's own VAE configuration says 1024, which is also FluxPipeline's default.
-    return int(configs["vae"]["sample_size"])
+    return int(configs["vae"].get("sample_size", _VAE_SAMPLE_SIZE))
 
 
 def _symbols(configs: Configs, size: Size) -> dict[str, int]:
@@ -181,6 +181,7 @@ _TEXT_GRAPHS = (
         encoder_class="T5EncoderModel",
         field="last_hidden_state",
         blocks={"num_layers": "encoder.block."},
+        is_float16_safe=False,  # transformers keeps part of T5 in float32 for that
         signature=_t5,
     ),
 )
@@ -214,6 +215,7 @@ FLUX = Family(
     symbols=_symbols,
     signatures=_signatures,
     wrapper=_wrapper,
+    longest_text_tokens=PIPELINE_MAX_TEXT_TOKENS,
     tiling=_tiling,
     text_graphs=_TEXT_GRAPHS,
 )

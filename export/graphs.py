@@ -9,7 +9,7 @@ import msgspec
 import onnx_ir as ir
 from torch import nn
 
-from meancache_trt.export.family import Signature, Size, frame_count, resolved
+from meancache_trt.export.family import Signature, Size, frame_count
 from meancache_trt.export.job import F32, Job, Precision
 from meancache_trt.export.networks import (
     Network,
@@ -24,7 +24,7 @@ from meancache_trt.export.safetensors_file import StoredTensor
 from meancache_trt.export.tokenization import write_tokenizer
 from meancache_trt.export.trace import trace
 from meancache_trt.export.update import HISTORIES, update_graph, update_signature
-from meancache_trt.export.weights import count_bytes, place_weights, reference_weights
+from meancache_trt.export.weights import count_bytes, place_part, reference_weights
 from meancache_trt.manifest import (
     Component,
     WeightFile,
@@ -55,11 +55,12 @@ def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
     job.report("update graphs")
     yield from _updates(job)
     for model in models:
-        files = place_weights(
-            job.source.weight_files(model.part), job.root, model.folder, job.placement
-        )
-        for precision in model.precisions:
+        files = place_part(job, model.part, model.folder)
+        for precision in job.precisions:
             name = component_name(model.component, precision.dtype)
+            if precision not in model.precisions:
+                job.report(f"no {name} graph: its activations overflow")
+                continue
             job.report(f"{name} graph")
             yield name, write_graph(model, precision, files)
 
@@ -96,7 +97,10 @@ def write_graph(model: Network, precision: Precision, files: tuple[WeightFile, .
     file = "model.onnx" if precision == F32 else f"model.{precision.dtype}.onnx"
     path = f"{model.folder}/{file}"
     component = _written(model.job, path, graph, model.signature, precision)
-    component = msgspec.structs.replace(component, weights=files)
+    is_shared = all(file.is_linked for file in files)
+    component = msgspec.structs.replace(
+        component, weights=files, shared_bytes=component.shared_bytes if is_shared else 0
+    )
     if isinstance(model, TextEncoder) and precision == F32:
         return _with_tokenizer(model, component)
     return component
@@ -119,7 +123,7 @@ def _traced(
 def _with_tokenizer(model: TextEncoder, component: Component) -> Component:
     job = model.job
     (ids,) = model.signature.inputs.values()
-    _, length = resolved(ids, {"batch": 1, "text_tokens": job.size.text_tokens})
+    _, length = ids.resolved({"batch": 1, "text_tokens": job.size.text_tokens})
     tokenizer = write_tokenizer(job.source, model.text.tokenizer, job.root, model.folder, length)
     return msgspec.structs.replace(component, tokenizer=tokenizer)
 

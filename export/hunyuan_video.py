@@ -33,8 +33,9 @@ _TILE_FRAMES, _TILE_PIXELS = (16, 12), (256, 192)
 _ROPE_AXES = (16, 56, 56)  # HunyuanVideoTransformer3DModel's default
 
 
-def _rope_width(configs: Configs) -> int:
-    return int(sum(configs["transformer"].get("rope_axes_dim", _ROPE_AXES)))
+def rope_axes(configs: Configs) -> tuple[int, ...]:
+    """Width of each RoPE axis (frame, row, column) within an attention head."""
+    return tuple(configs["transformer"].get("rope_axes_dim", _ROPE_AXES))
 
 
 def _patch(configs: Configs) -> int:
@@ -110,7 +111,7 @@ def _latent(configs: Configs, role: Role) -> TensorRecord:
 
 def _rope(configs: Configs) -> dict[str, TensorRecord]:
     grid = ("latent_frames", "latent_rows", "latent_columns")
-    table = float32("prepared", *grid, _rope_width(configs))
+    table = float32("prepared", *grid, sum(rope_axes(configs)))
     return {"rope_cos": table, "rope_sin": table}
 
 
@@ -181,5 +182,4 @@ HUNYUAN_VIDEO = Family(
     frames=_frames,
     float16_overflow="github.com/Tencent-Hunyuan/HunyuanVideo/issues/60",
     tiling=_tiling,
-    is_text_masked=True,
 )

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 
 from meancache_trt.export.family import Configs
-from meancache_trt.export.hunyuan_video import AXIS_POSITIONS, GUIDANCE_UNITS
+from meancache_trt.export.hunyuan_video import AXIS_POSITIONS, GUIDANCE_UNITS, rope_axes
 from meancache_trt.export.timesteps import fixed_timestep_frequencies
 
 POSITION_ARGUMENTS: tuple[str, ...] = ()
@@ -144,7 +144,7 @@ class _Prepare(nn.Module):
 
 def prepare_graph(network: nn.Module, configs: Configs) -> nn.Module:
     """Noise to the loop's latent, which is the same, and the two RoPE tables."""
-    return _Prepare(network, configs["transformer"]["rope_axes_dim"])
+    return _Prepare(network, rope_axes(configs))
 
 
 def _upsample(upsampler: Any, hidden: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class Job:
     """An export whose sizes have been checked; `report` gets a line at each stage.
 
     `size` is the default, `further_sizes` are what the bundle also lists. Graphs with weights are
-    made in each of `precisions`, F32 among them.
+    made in each of `precisions`, F32 among them. `parity_bytes` is the memory that a comparison may
+    take; None means what is free.
     """
 
     source: Checkpoint
@@ -52,3 +53,4 @@ class Job:
     report: Callable[[str], None]
     precisions: tuple[Precision, ...] = (F32,)
     further_sizes: tuple[Size, ...] = ()
+    parity_bytes: int | None = None

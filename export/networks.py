@@ -75,8 +75,6 @@ class Network(ABC):
 
 
 class _DiffusersNetwork(Network):
-    class_name: str
-
     def empty(self, dtype: str, *, depth: int | None = None) -> nn.Module:
         settings = {} if depth is None else dict.fromkeys(self.blocks, depth)
         config = {**self.job.configs[self.part], **settings}
@@ -132,8 +130,9 @@ class TextEncoder(Network):
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """T5's activations overflow float16: transformers keeps part of it in float32 there."""
-        return tuple(p for p in self.job.precisions if p.dtype != "float16")
+        """In which the graph is made; float16 is left out where activations exceed it."""
+        asked = self.job.precisions
+        return tuple(p for p in asked if self.text.is_float16_safe or p.dtype != "float16")
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:

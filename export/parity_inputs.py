@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meancache_trt.export.family import Configs, Family, Signature, Size, frame_count, resolved
+from meancache_trt.export.family import Configs, Family, Signature, Size, frame_count
 from meancache_trt.manifest import TensorRecord, batch_symbols
 
 Array = NDArray[Any]
@@ -64,7 +64,7 @@ def random_feeds(signature: Signature, case: Case) -> Arrays:
 def random_ids(signature: Signature, case: Case, config: Any) -> Arrays:
     """Ids of the vocabulary, with an end token somewhere, which CLIP's pooling looks for."""
     ((name, record),) = signature.inputs.items()
-    shape = resolved(record, case.symbols)
+    shape = record.resolved(case.symbols)
     generator = np.random.default_rng(case.seed)
     ids = generator.integers(0, config.vocab_size, shape)
     ids[np.arange(shape[0]), generator.integers(0, shape[1], shape[0])] = config.eos_token_id
@@ -78,7 +78,7 @@ def with_prepared(signature: Signature, feeds: Arrays, made: Mapping[str, Array]
 
 
 def _random(record: TensorRecord, case: Case, generator: np.random.Generator) -> Array:
-    shape = resolved(record, case.symbols)
+    shape = record.resolved(case.symbols)
     if record.role == "timestep":
         return generator.uniform(0, case.largest_timestep, shape).astype(record.dtype)
     if record.role == "guidance_scale":

@@ -53,6 +53,7 @@ def export_components(
     weights: WeightPlacement = "link",
     precisions: Sequence[str] | None = None,
     check_parity: bool = True,
+    parity_bytes: int | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Write a checkpoint's graphs, weights and prompt encoders into `directory`.
@@ -63,7 +64,9 @@ def export_components(
     hard-links the checkpoint's files, to another file system by symbolic links, and where there
     are neither copies them; "copy" always copies. Graphs with weights are made in float32, which
     parity is checked in, and in the further `precisions`: by default bfloat16 where the transformer
-    is stored so. The export itself does not load the weights; the parity check does, in float32.
+    is stored so. The export itself does not load the weights; the parity check does, in float32,
+    of networks that fit in `parity_bytes` of memory, by default what is free; of others it takes
+    the first of each kind of block.
     `report` gets a line at each stage.
 
     Raises `InputError` for a size that the family cannot take, and `ExportError` for a checkpoint
@@ -83,17 +86,25 @@ def export_components(
         report,
         _precisions(source, family, precisions),
         tuple(others),
+        parity_bytes,
     )
     try:
         components = _write_graphs(job)
         encoders = _write_pipeline(job, components)
     except OSError as error:
-        raise ExportError(
-            f"the export cannot write {error.filename2 or error.filename or directory}: "
-            f"{error.strerror}; free some space or give another output path"
-        ) from error
+        raise _unfinished(error, source, directory) from error
     parity = _check_parity(job, components) if check_parity else ()
     return _exported(job, components, encoders, parity, batch)
+
+
+def _unfinished(error: OSError, source: Checkpoint, directory: Path) -> ExportError:
+    place = Path(error.filename2 or error.filename or directory)
+    if place.is_relative_to(source.path):
+        return ExportError(f"{place} cannot be read: {error.strerror}; download it again")
+    return ExportError(
+        f"the export cannot write {place}: {error.strerror}; free some space or give another "
+        "output path"
+    )
 
 
 def resolutions_of(
@@ -167,7 +178,7 @@ def _write_graphs(job: Job) -> dict[str, Component]:
 
 def _write_pipeline(job: Job, components: Mapping[str, Component]) -> tuple[WeightFile, ...]:
     """Configurations of every part, and whole prompt encoders; the encoders' weights."""
-    from meancache_trt.export.weights import place_weights  # noqa: PLC0415  imports torch
+    from meancache_trt.export.weights import place_part  # noqa: PLC0415  imports torch
 
     job.report("prompt encoders")
     source, target = job.source, job.root / PIPELINE_FOLDER
@@ -181,7 +192,7 @@ def _write_pipeline(job: Job, components: Mapping[str, Component]) -> tuple[Weig
             weights += components[part].weights
             continue
         folder = f"{PIPELINE_FOLDER}/{part}"
-        weights += place_weights(source.weight_files(part), job.root, folder, job.placement)
+        weights += place_part(job, part, folder)
     return tuple(weights)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from meancache_trt.export.family import Configs, Family, Size, check_size, resolved
+from meancache_trt.export.family import Configs, Family, Size, check_size
 from meancache_trt.manifest import Component, Tiling, batch_symbols
 from meancache_trt.shapes import Ranges
 
@@ -37,7 +37,7 @@ def profile(
     tiling = family.tiling(configs) if family.tiling else Tiling()
     shapes = {}
     for name, record in component.inputs.items():
-        whole = ShapeRange(*(resolved(record, symbols) for symbols in ends))
+        whole = ShapeRange(*(record.resolved(symbols) for symbols in ends))
         shapes[name] = _tiled(whole, tiling) if record.role == "latent_grid" else whole
     return shapes
 

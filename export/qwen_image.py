@@ -162,7 +162,6 @@ QWEN_IMAGE = Family(
     default_text_tokens=lambda _: _PIPELINE_TEXT_TOKENS,
     longest_text_tokens=PIPELINE_MAX_TEXT_TOKENS,
     float16_overflow="github.com/Comfy-Org/ComfyUI/issues/10751",
-    is_text_masked=True,
     multiple=_multiple,
     longest_side=_longest_side,
     default_side=lambda _: _TRAINED_SIDE,

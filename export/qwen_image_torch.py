@@ -21,25 +21,13 @@ from torch.nn.functional import conv2d, interpolate, pad
 from meancache_trt.errors import InputError
 from meancache_trt.export.family import Configs
 from meancache_trt.export.packing import PACK, pack, unpack
+from meancache_trt.export.patching import replaced
 from meancache_trt.export.qwen_image import AXIS_POSITIONS, PIPELINE_MAX_TEXT_TOKENS, rope_axes
 from meancache_trt.export.timesteps import Times, exact_times, fixed_timestep_frequencies
 
 POSITION_ARGUMENTS: tuple[str, ...] = ("img_shapes",)
 
 _ROPE_THETA = 10000  # QwenImageTransformer2DModel.__init__, which centres the positions too
-
-
-@contextmanager
-def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
-    """Give owners' attributes other values; leaving restores them."""
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
-    try:
-        for owner, name, value in replacements:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in originals:
-            setattr(owner, name, value)
 
 
 class _GivenRope(nn.Module):
@@ -107,7 +95,7 @@ def transformer_graph(network: nn.Module) -> Iterator[nn.Module]:
     functions = [(transformer_qwenimage, name, value) for name, value in _FUNCTIONS.items()]
     rope = (network, "pos_embed", _GivenRope())
     with (
-        _replaced(rope, *functions),
+        replaced(rope, *functions),
         fixed_timestep_frequencies(network),
         exact_times(network.get_submodule("time_text_embed")) as times,
     ):
@@ -197,7 +185,7 @@ class _Decoder(nn.Module):
         unscaled = unpack(latent)[:, :, None] / (1.0 / self.get_buffer("std"))
         unscaled = (unscaled + self.get_buffer("mean")).to(vae.dtype)
         # AutoencoderKLQwenImage.decode clips a whole picture, but not the tiles that it blends.
-        with _replaced(*_OF_ONE_FRAME):
+        with replaced(*_OF_ONE_FRAME):
             image: Tensor = vae.decoder(vae.post_quant_conv(unscaled))[:, :, 0]
         return image.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
 

@@ -16,7 +16,7 @@ TextPrecision = Literal["float32", "checkpoint"]
 
 
 class PromptEncoder:
-    """A family's text encoders in torch, loaded at the first use and kept.
+    """A family's text encoders in torch, loaded at the first use, kept until `release`.
 
     `directory` is a diffusers pipeline folder that has at least the family's text components.
     `precision` "checkpoint" loads each encoder in the dtype in which it is stored.
@@ -48,6 +48,10 @@ class PromptEncoder:
         if self._pipeline is None:
             self._pipeline = self._load(wrapper)
         return self._encoded(wrapper, prompts)
+
+    def release(self) -> None:
+        """Free the encoders; `encode` loads them again."""
+        self._pipeline = None
 
     def _load(self, wrapper: Wrapper) -> Any:
         import torch  # noqa: PLC0415  rendering from ready embeddings must not need it

@@ -34,22 +34,12 @@ def write_tokenizer(
     """
     own = _load(source, part)
     made = tokenizers.Tokenizer.from_str(own.backend_tokenizer.to_str())
-    made.no_padding()
-    made.no_truncation()
-    prefix, suffix = _special_ids(made)
     made.enable_truncation(length)
     made.enable_padding(length=length, pad_id=own.pad_token_id, pad_token=own.pad_token)
     _check(part, own, made, length)
     path = f"{folder}/tokenizer.json"
     (root / path).write_text(made.to_str(), encoding="utf-8")
-    return Tokenizer(path, length, prefix, suffix, own.pad_token_id)
-
-
-def _special_ids(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What stands before and after every text."""
-    encoded = tokenizer.encode("a")
-    text = [place for place, is_special in enumerate(encoded.special_tokens_mask) if not is_special]
-    return tuple(encoded.ids[: text[0]]), tuple(encoded.ids[text[-1] + 1 :])
+    return Tokenizer(path, length)
 
 
 def _load(source: Checkpoint, part: str) -> Any:

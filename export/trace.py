@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meancache_trt.errors import ExportError
 from meancache_trt.export.dtypes import onnx_dtype
-from meancache_trt.export.family import Signature, resolved
+from meancache_trt.export.family import Signature
 from meancache_trt.manifest import TensorRecord
 
 
@@ -88,7 +88,7 @@ def _fake_parameters(module: nn.Module) -> None:
 
 
 def _example(record: TensorRecord, symbols: Mapping[str, int]) -> torch.Tensor:
-    return torch.empty(resolved(record, symbols), dtype=getattr(torch, record.dtype))
+    return torch.empty(record.resolved(symbols), dtype=getattr(torch, record.dtype))
 
 
 def _dynamic(record: TensorRecord) -> dict[int, Any]:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from meancache_trt.errors import ExportError
 from meancache_trt.export.dtypes import onnx_dtype
-from meancache_trt.export.job import WeightPlacement
+from meancache_trt.export.job import Job, WeightPlacement
 from meancache_trt.export.safetensors_file import StoredTensor
 from meancache_trt.manifest import WeightFile
 from meancache_trt.meancache.hashing import sha256_of, verified_sha256
@@ -119,6 +119,14 @@ def _linked(link: Callable[[Path, Path], None], source: Path, target: Path) -> b
             return False
         raise
     return True
+
+
+def place_part(job: Job, part: str, folder: str) -> tuple[WeightFile, ...]:
+    """Put the weights of one of the checkpoint's parts into a folder of the export."""
+    files = place_weights(job.source.weight_files(part), job.root, folder, job.placement)
+    if job.placement == "link" and not all(file.is_linked for file in files):
+        job.report(f"{part}: weights copied, since they cannot be linked to here")
+    return files
 
 
 def place_weights(

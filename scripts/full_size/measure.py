@@ -25,7 +25,7 @@ def export(
     seconds, peak_bytes = _run(["export", str(checkpoint), "-o", str(bundle), *sizes, *options])
     inspect = [*_COMMAND, "inspect", str(bundle), "--json"]
     facts = json.loads(subprocess.check_output(inspect, text=True))
-    states = [file.stat() for file in files_of(bundle)]
+    states = [file.lstat() for file in files_of(bundle)]
     return {
         "size": dict(size),
         "seconds": round(seconds, 1),

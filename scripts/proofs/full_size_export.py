@@ -32,17 +32,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             models[name] = _prove(Path(work), name, MODELS[name])
         print(json.dumps({name: models[name]}, indent=2), flush=True)
-        machine = f"{os.cpu_count()} cores, {platform.machine()}"
-        record = {"machine": machine, "limits": LIMITS, "models": models}
+        record = {"limits": LIMITS, "models": models}
         target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     over = [
         f"{name}: {key}"
         for name, model in models.items()
         for key, limit in LIMITS.items()
-        for export in model["exports"]
-        if export[key] > limit
+        if _reached(model["exports"], key) > limit
     ]
     sys.exit(f"over the limit: {', '.join(over)}" if over else 0)
+
+
+def _reached(exports: list[dict[str, Any]], key: str) -> float:
+    """Both bundles' new bytes together, and the larger of the rest."""
+    values = [export[key] for export in exports]
+    return float(sum(values) if key == "new_bytes" else max(values))
 
 
 def _prove(work: Path, name: str, model: FullSize) -> dict[str, Any]:
@@ -50,9 +54,11 @@ def _prove(work: Path, name: str, model: FullSize) -> dict[str, Any]:
     write_checkpoint(checkpoint, model)
     sizes = (model.size, {**model.size, **SECOND_SIZE})
     return {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "checkpoint_bytes": sum(file.stat().st_size for file in files_of(checkpoint)),
         "exports": [
-            export(checkpoint, work / f"{number}.mcb", size) for number, size in enumerate(sizes)
+            export(checkpoint, work / f"{number}.mcb", size, "--parity-memory", "5")
+            for number, size in enumerate(sizes)
         ],
     }
 

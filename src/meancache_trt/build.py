@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import msgspec
@@ -20,10 +20,12 @@ from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
 from meancache_trt.export.family import Configs, Family, default_frames
+from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.pipeline import export_components, identify, resolutions_of
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Exported, Model, component_name
 from meancache_trt.meancache.files import encode_json
+from meancache_trt.meancache.hashing import verified_sha256
 from meancache_trt.meancache.schedule import ModelReference, Schedule, bake, check_guidance_scale
 from meancache_trt.render import Pipeline
 from meancache_trt.selection import calibrated_size, grid_size
@@ -60,7 +62,7 @@ class ExportOptions:
     `size` is (height, width) in pixels; `frames` of a video and `text_tokens` None mean what the
     family's pipeline takes. `further_sizes` are listed in the bundle besides. `batch` is what plans
     are meant for; None means one picture, or what a bundle that is there says. `precisions` are
-    explained at `export_components`.
+    explained at `export_components`, as is `parity_bytes`.
     """
 
     size: tuple[int, int]
@@ -71,6 +73,7 @@ class ExportOptions:
     weights: Literal["link", "copy"] = "link"
     precisions: tuple[str, ...] | None = None
     is_parity_checked: bool = True
+    parity_bytes: int | None = None
 
     @property
     def sizes(self) -> tuple[PictureSize, ...]:
@@ -163,6 +166,7 @@ def export(
             weights=options.weights,
             precisions=options.precisions,
             check_parity=options.is_parity_checked,
+            parity_bytes=options.parity_bytes,
             report=lambda stage: note(f"export: {stage}"),
         )
 
@@ -172,13 +176,13 @@ def export(
 def _extended(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions, note: Note) -> Bundle:
     """The bundle with what `options` ask for besides, all of it or nothing."""
     before = bundle.export
-    wanted = resolutions_of(checkpoint, options.sizes, before.text_tokens)
     difference = _difference(bundle, checkpoint, options)
     if difference is not None:
         raise InputError(
             f"{bundle.directory} is a bundle of something else: {difference}; give another output "
             "path, or --force to replace it"
         )
+    wanted = resolutions_of(checkpoint, options.sizes, before.text_tokens)
     added = bundle.extend(wanted, options.batch)
     if added:
         note(
@@ -195,6 +199,9 @@ def _extended(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions, no
 def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) -> str | None:
     """What sets the bundle apart from one that can be had by adding to it, or None."""
     there = bundle.export
+    other = _other_model(there.model, identify(checkpoint)) or _other_file(bundle, checkpoint)
+    if other is not None:
+        return other
     if options.text_tokens not in (None, there.text_tokens):
         return f"{there.text_tokens} text tokens against {options.text_tokens}"
     if options.weights == "copy" and any(file.is_linked for file in there.weight_files()):
@@ -204,7 +211,7 @@ def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) 
             return f"no {precision} graphs against some"
     if options.is_parity_checked and not there.parity:
         return "graphs that were not compared with diffusers"
-    return _other_model(there.model, identify(checkpoint))
+    return None
 
 
 def _other_model(there: Model, model: Model) -> str | None:
@@ -213,6 +220,17 @@ def _other_model(there: Model, model: Model) -> str | None:
     return (
         f"checkpoint {there.name} ({there.digest[:12]}) against {model.name} ({model.digest[:12]})"
     )
+
+
+def _other_file(bundle: Bundle, checkpoint: Checkpoint) -> str | None:
+    """A file beside the transformer's that is not the checkpoint's: VAE, encoders, scheduler."""
+    origins = {PIPELINE_FOLDER: checkpoint.path, "vae_decoder": checkpoint.path / "vae"}
+    for path, listed in bundle.manifest.files.items():
+        folder, *rest = PurePosixPath(path).parts
+        source = origins.get(folder, bundle.directory / "none").joinpath(*rest)
+        if source.is_file() and verified_sha256(source) != listed.sha256:
+            return f"{path} against the checkpoint's"
+    return None
 
 
 def record_pipeline(
@@ -336,7 +354,8 @@ def plan(bundle: Bundle, *, backend: str, threads: int) -> PlanRecord:
     with Pipeline(bundle, backend=backend, threads=threads) as pipeline:
         load_ms = {}
         for name, component in bundle.export.components.items():
-            if component.precision != "float32":  # what ONNX Runtime on the CPU runs
+            # ONNX Runtime on the CPU runs float32; text encoders are no part of an evaluation.
+            if component.precision != "float32" or component.tokenizer:
                 continue
             start = time.perf_counter()
             pipeline.graphs.graph(component)

@@ -179,18 +179,15 @@ class Bundle:
         checkpoint, so that the manifest alone changes, by one switch under the lock. Resolutions
         are of this bundle's text length; None leaves the batch as it is.
         """
+        if _extended(self.export, resolutions, batch) == self.export:
+            return []  # a bundle that cannot be written may already have all of it
         with self._locked("a resolution"):
-            manifest = _read_manifest(self.directory)
-            there = manifest.export
-            asked = {resolution.size: resolution for resolution in resolutions}
-            new = [found for size, found in asked.items() if size not in there.sizes]
-            export = msgspec.structs.replace(
-                there, resolutions=(*there.resolutions, *new), batch=batch or there.batch
-            )
-            self.manifest = manifest
+            self.manifest = _read_manifest(self.directory)
+            there = self.export
+            export = _extended(there, resolutions, batch)
             if export != there:
-                self._switch(msgspec.structs.replace(manifest, export=export))
-        return new
+                self._switch(msgspec.structs.replace(self.manifest, export=export))
+        return list(export.resolutions[len(there.resolutions) :])
 
     def _switch(self, manifest: Manifest) -> None:
         """Put a manifest in the place of the one there is; the lock is held."""
@@ -212,6 +209,14 @@ class Bundle:
             yield
         finally:
             lock.release()
+
+
+def _extended(there: Exported, resolutions: Sequence[Resolution], batch: Range | None) -> Exported:
+    asked = {resolution.size: resolution for resolution in resolutions}
+    new = [found for size, found in asked.items() if size not in there.sizes]
+    return msgspec.structs.replace(
+        there, resolutions=(*there.resolutions, *new), batch=batch or there.batch
+    )
 
 
 def create_bundle(

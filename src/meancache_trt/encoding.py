@@ -58,7 +58,8 @@ class BundleEncoder:
 
     Text graphs run on the runtime of `graphs`, in float32. `precision` "checkpoint" has torch load
     the encoders in the dtype in which they are stored, also where there are text graphs: half the
-    memory for most, and embeddings rounded accordingly.
+    memory for most, and embeddings rounded accordingly. Without `keep_encoders` what encodes is
+    freed before the network runs, and loaded again for the next prompt that is not in the cache.
     """
 
     def __init__(
@@ -67,11 +68,19 @@ class BundleEncoder:
         *,
         precision: TextPrecision = "float32",
         cache: EmbeddingCache | None = None,
+        keep_encoders: bool = True,
     ) -> None:
         export, directory = graphs.bundle.export, graphs.bundle.directory / PIPELINE_FOLDER
         self.digest = encoder_digest(graphs.bundle)
         self._is_guided = export.guidance.is_classifier_free
+        self._text_tokens = export.text_tokens
+        self._inputs = {
+            name: record
+            for name, record in export.components["transformer"].inputs.items()
+            if record.role in ("conditioning", "text_mask")
+        }
         self._cache = cache
+        self._keep_encoders = keep_encoders
         self._encoder: GraphEncoder | PromptEncoder
         text_graphs = export.text_graphs() if precision == "float32" else {}
         if text_graphs:
@@ -89,6 +98,8 @@ class BundleEncoder:
         Raises `InputError` for no prompts at all or one that is no Unicode, and what
         `GraphEncoder` and `PromptEncoder` do.
         """
+        if isinstance(prompts, str):
+            raise InputError(f"prompts are a list, found one text; give [{prompts!r}]")
         if not prompts:
             raise InputError("there are no prompts to encode; give at least one")
         for prompt in prompts:
@@ -116,10 +127,13 @@ class BundleEncoder:
                 "effect; leave it out"
             )
         positive = self._conditioning(prompts)
-        if not self._is_guided:
-            return [positive.select(index) for index in range(len(positive.prompts))]
-        texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-        return paired(positive, self._conditioning(texts))
+        made = [positive.select(index) for index in range(len(positive.prompts))]
+        if self._is_guided:
+            texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+            made = paired(positive, self._conditioning(texts))
+        if not self._keep_encoders:
+            self._encoder.release()
+        return made
 
     def _conditioning(self, prompts: Sequence[str] | Conditioning) -> Conditioning:
         if not isinstance(prompts, Conditioning):
@@ -130,7 +144,19 @@ class BundleEncoder:
                 f"those of others (digest {str(prompts.encoder_digest)[:12]}); encode the prompts "
                 "again with `meancache-trt encode` and this bundle"
             )
+        self._check_shapes(prompts)
         return prompts
+
+    def _check_shapes(self, conditioning: Conditioning) -> None:
+        for name, record in self._inputs.items():
+            tensor = conditioning.tensors.get(name)
+            expected = record.resolved({"text_tokens": self._text_tokens}, skip=1)
+            if tensor is None or tensor.shape[1:] != expected:
+                found = "nothing" if tensor is None else tensor.shape[1:]
+                raise InputError(
+                    f"expected embeddings {name} of shape {expected} a prompt, found {found}; this "
+                    f"bundle takes {self._text_tokens} text tokens: encode the prompts with it"
+                )
 
     def _encoded(self, prompt: str) -> Tensors:
         key = digest_of(encode_json([*self._kind, prompt]))
@@ -168,7 +194,7 @@ class _BoundGraph:
 
 
 class GraphEncoder:
-    """Prompts to conditioning by a bundle's text graphs, loaded at the first use and kept."""
+    """Prompts to conditioning by a bundle's text graphs, kept from the first use to `release`."""
 
     def __init__(self, graphs: Graphs, components: Sequence[Component]) -> None:
         self._graphs = graphs
@@ -189,6 +215,12 @@ class GraphEncoder:
             for name in names
         }
 
+    def release(self) -> None:
+        """Free the graphs; `encode` loads them again."""
+        self._bound = []
+        for component in self._components:
+            self._graphs.drop(component)
+
     def _bind(self, component: Component) -> _BoundGraph:
         assert component.tokenizer is not None
         tokenizer = _load_tokenizer(str(self._graphs.bundle.directory / component.tokenizer.path))
@@ -201,8 +233,7 @@ class GraphEncoder:
 
     def _zeros(self, record: TensorRecord, text_tokens: int) -> Tensor:
         sizes = {"batch": 1, "text_tokens": text_tokens}
-        shape = [sizes[d] if isinstance(d, str) else d for d in record.shape]
-        return self._graphs.runtime.zeros(shape, record.dtype)
+        return self._graphs.runtime.zeros(record.resolved(sizes), record.dtype)
 
 
 def _load_tokenizer(path: str) -> Tokenizer:

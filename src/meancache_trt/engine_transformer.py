@@ -26,7 +26,6 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from meancache_trt.bundle import Bundle
 from meancache_trt.engine.select import open_runtime
 from meancache_trt.errors import InputError
-from meancache_trt.export.family import resolved
 from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.registry import FAMILIES
 from meancache_trt.manifest import TensorRecord
@@ -198,9 +197,7 @@ class EngineTransformer:
         records = self._component.inputs
         sizes = _sizes(records, inputs)
         return {
-            name: torch.ones(
-                resolved(record, sizes), dtype=_torch_dtype(record), device=self.device
-            )
+            name: torch.ones(record.resolved(sizes), dtype=_torch_dtype(record), device=self.device)
             for name, record in records.items()
             if record.role == "text_mask" and name not in inputs
         }
@@ -234,7 +231,7 @@ class EngineTransformer:
         # where one evaluation of the small stand-in takes 4.
         name = self._component.output_named("velocity")
         record = self._component.outputs[name]
-        shape = resolved(record, _sizes(self._component.inputs, inputs))
+        shape = record.resolved(_sizes(self._component.inputs, inputs))
         velocity = torch.empty(shape, dtype=_torch_dtype(record), device=self.device)
         tensors = {**inputs, name: velocity}
         runtime = self._runtime
@@ -281,7 +278,7 @@ def _sizes(records: Mapping[str, TensorRecord], tensors: Tensors) -> dict[str, i
         if len(expected) == len(found):
             symbols = zip(expected, found, strict=True)
             sizes = {**{s: size for s, size in symbols if isinstance(s, str)}, **sizes}
-        if len(expected) != len(found) or resolved(records[name], sizes) != found:
+        if len(expected) != len(found) or records[name].resolved(sizes) != found:
             raise InputError(
                 f"{name} has shape {found}, expected {expected}, where those before it have "
                 f"{sizes or 'no sizes'}"

@@ -5,6 +5,7 @@ A host binds tensors by their role and never by the model's family.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -43,6 +44,10 @@ class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[int | str, ...]
     role: Role
 
+    def resolved(self, sizes: Mapping[str, int], *, skip: int = 0) -> tuple[int, ...]:
+        """The shape without its first `skip` axes, with the symbols replaced by their sizes."""
+        return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape[skip:])
+
 
 class WeightFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A safetensors file that a graph's initialisers point into.
@@ -61,16 +66,11 @@ class Tokenizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a prompt becomes the token ids that a text graph takes.
 
     `path`, relative to the bundle, is a tokenizer.json that the tokenizers library executes as it
-    stands, cutting and padding included. The other fields say what it does there: `prefix`, the
-    prompt's ids, of which the last are cut where not all fit, and `suffix` (the end token) are
-    followed by `padding_id` up to `length` ids.
+    stands: it cuts and pads to `length` ids by itself.
     """
 
     path: str
     length: int
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    padding_id: int
 
 
 class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

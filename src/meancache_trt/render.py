@@ -120,13 +120,17 @@ class Pipeline:
         threads: int = 0,
         embedding_cache: Path | str | None = None,
         text_precision: TextPrecision = "float32",
+        keep_encoders: bool = True,
     ) -> None:
         self.bundle = bundle
         self.runtime = open_runtime(backend, threads=threads)
         self.graphs = Graphs(bundle, self.runtime)
         self._sessions: dict[tuple[Schedule, tuple[int, ...]], Session] = {}
         self._encoder = BundleEncoder(
-            self.graphs, precision=text_precision, cache=open_cache(embedding_cache)
+            self.graphs,
+            precision=text_precision,
+            cache=open_cache(embedding_cache),
+            keep_encoders=keep_encoders,
         )
 
     def __enter__(self) -> Self:
@@ -336,6 +340,7 @@ def load(
     is_full_check: bool = False,
     embedding_cache: Path | str | None = None,
     text_precision: TextPrecision = "float32",
+    keep_encoders: bool = True,
 ) -> Pipeline:
     """Open a bundle for rendering; use it in a `with` block.
 
@@ -348,6 +353,8 @@ def load(
             default in the user's cache directory, "off" for none.
         text_precision: "checkpoint" has torch load the text encoders in the dtype in which they
             are stored, also where the bundle has graphs of them: less memory, rounded embeddings.
+        keep_encoders: whether text encoders stay in memory while the network runs, for the next
+            prompts.
 
     Raises:
         BundleError: where it is damaged or no bundle.
@@ -360,10 +367,13 @@ def load(
         threads=threads,
         embedding_cache=embedding_cache,
         text_precision=text_precision,
+        keep_encoders=keep_encoders,
     )
 
 
 def _count(prompts: Sequence[str] | Conditioning) -> int:
+    if isinstance(prompts, str):
+        raise InputError(f"prompts are a list, found one text; give [{prompts!r}]")
     return len(prompts.prompts if isinstance(prompts, Conditioning) else prompts)
 
 

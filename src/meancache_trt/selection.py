@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from meancache_trt.bundle import Bundle
-from meancache_trt.errors import BundleError, ScheduleError
+from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.schedule import Schedule, load_schedule
 from meancache_trt.meancache.sigmas import SigmaGrid
@@ -21,7 +21,8 @@ def find_resolution(
 ) -> Resolution:
     """The first of a bundle's resolutions that has the values given.
 
-    Raises `BundleError` that lists what there is, and says how to add another.
+    Raises `BundleError` that lists what there is, and says how to add another, and `InputError` for
+    frames of a picture.
     """
     wanted = (height, width, frames)
     for resolution in bundle.export.resolutions:
@@ -29,6 +30,8 @@ def find_resolution(
         if all(value in (None, own) for value, own in zip(wanted, found, strict=True)):
             return resolution
     default = bundle.export.resolution
+    if default.frames is None and frames is not None:
+        raise InputError(f"this bundle makes pictures, found {frames} frames; leave frames out")
     asked = PictureSize(height or default.height, width or default.width, frames or default.frames)
     known = ", ".join(map(str, bundle.export.sizes))
     raise BundleError(

@@ -54,6 +54,10 @@ class Graphs:
             self._loaded[component.path] = self.runtime.load(path, is_light=is_light)
         return self._loaded[component.path]
 
+    def drop(self, component: Component) -> None:
+        """Forget a graph; its memory goes with the last call that is bound to it."""
+        self._loaded.pop(component.path, None)
+
 
 class Session:
     """Render batches of one size with one schedule. Not thread-safe.

@@ -15,7 +15,7 @@ from filelock import FileLock
 from meancache_trt.bundle import Bundle, create_bundle
 from meancache_trt.export import export_components
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.export.family import Family, Size, resolved
+from meancache_trt.export.family import Family, Size
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Component, Exported, batch_symbols
 from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image
@@ -58,7 +58,7 @@ class TinyExport:
     def shapes(self, component: Component, size: Size, batch: int) -> dict[str, tuple[int, ...]]:
         """Shapes of a component's inputs."""
         symbols = {**self.family.symbols(self.configs, size), **batch_symbols(batch)}
-        return {name: resolved(record, symbols) for name, record in component.inputs.items()}
+        return {name: record.resolved(symbols) for name, record in component.inputs.items()}
 
 
 def shared_export(name: str, factory: pytest.TempPathFactory) -> TinyExport:

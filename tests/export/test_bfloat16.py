@@ -18,7 +18,7 @@ from meancache_trt import standins
 from meancache_trt.engine.tensorrt_build import Shapes, build_plan, fused_attention_kernels
 from meancache_trt.errors import PlanError
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.export.family import Size, resolved
+from meancache_trt.export.family import Size
 from meancache_trt.export.flux import FLUX
 from meancache_trt.export.graphs import write_graph
 from meancache_trt.export.job import PRECISIONS, Job
@@ -55,11 +55,20 @@ def test_only_the_networks_are_in_bfloat16(tiny: TinyExport) -> None:
 def test_rotation_and_timestep_stay_in_float32(tiny: TinyExport) -> None:
     path = tiny.directory / tiny.exported.components["transformer/bfloat16"].path
     graph = onnx.load(path, load_external_data=False).graph
-    names = {name for name, record in _records(tiny).items() if record in ("prepared", "timestep")}
-    read = [node for node in graph.node if names.intersection(node.input)]
-    assert read
-    casts = [node for node in read if node.op_type == "Cast"]
-    assert all(_target(node) != onnx.TensorProto.BFLOAT16 for node in casts)
+    exact = {"prepared", "timestep", "guidance_scale"}
+    names = {name for name, role in _records(tiny).items() if role in exact}
+    seen: set[str] = set()
+    for node in graph.node:  # in order, so that what is made of them is followed
+        if not names.intersection(node.input):
+            continue
+        seen.add(node.op_type)
+        assert node.op_type != "Cast" or _target(node) != onnx.TensorProto.BFLOAT16
+        if node.op_type in _MOVES:
+            names.update(node.output)
+    assert {"Sin", "Cos"} <= seen  # the timestep's phase: what is rounded comes after it
+
+
+_MOVES = {"Mul", "Cast", "Reshape", "Unsqueeze", "Expand", "Slice", "Split", "Concat", "Transpose"}
 
 
 def _records(tiny: TinyExport) -> dict[str, Role]:
@@ -94,7 +103,7 @@ def test_text_encoders_build_with_fused_attention(tmp_path: Path) -> None:
         component = write_graph(model, PRECISIONS["bfloat16"], files)
         ends = [{"batch": batch, "text_tokens": 24} for batch in (1, 1, 2)]
         ((name, record),) = component.inputs.items()
-        ids = tuple(resolved(record, symbols) for symbols in ends)
+        ids = tuple(record.resolved(symbols) for symbols in ends)
         plan = build_plan(tmp_path / component.path, {name: ids}, ["8.9", "12.0"])  # type: ignore[dict-item]
         assert fused_attention_kernels(plan)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meancache_trt.errors import InputError
-from meancache_trt.export.family import Configs, Family, Signature, Size, resolution, resolved
+from meancache_trt.export.family import Configs, Family, Signature, Size, resolution
 from meancache_trt.export.flux import FLUX
 from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
 from meancache_trt.export.profiles import ShapeRange, profile
@@ -139,7 +139,7 @@ def test_every_resolution_and_batch_lies_within_its_profile(name: str) -> None:
                     continue
                 for tensor, fed in component.inputs.items():
                     smallest, usual, largest = map(np.array, found[graph][tensor])
-                    shape = np.array(resolved(fed, symbols))
+                    shape = np.array(fed.resolved(symbols))
                     assert (smallest <= shape).all(), (graph, tensor)
                     assert (shape <= largest).all(), (graph, tensor)
                     if (index, batch) == (0, BATCH.opt):  # the default is what is usual
@@ -179,10 +179,3 @@ def test_an_end_that_the_family_cannot_take_is_refused() -> None:
     film = Ranges(height=side, width=side, frames=one, text_tokens=one)
     with pytest.raises(InputError, match="makes pictures"):
         profile(component, FLUX, FLUX_DEV, film)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_text_may_be_padded_exactly_where_the_network_takes_a_mask(name: str) -> None:
-    family, configs, *_ = CASES[name]
-    roles = {record.role for record in family.signatures(configs).transformer.inputs.values()}
-    assert family.is_text_masked == ("text_mask" in roles)

@@ -88,7 +88,10 @@ def bake(
     if name is not None:
         schedule = msgspec.structs.replace(schedule, name=name)
     elif opened is not None:
-        schedule = stages.named_in(opened, schedule)
+        # As `build` calls it, where it is the method that `build` would choose.
+        is_default = calibration is not None and method is None
+        own = f"b{schedule.budget}" if is_default else None
+        schedule = stages.named_in(opened, schedule, own)
     _deliver(schedule, output, opened)
     _print(schedule, as_json=as_json)
 

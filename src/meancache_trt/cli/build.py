@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +60,13 @@ _precision = click.option(
 _skip_parity = click.option(
     "--skip-parity", is_flag=True, help="Do not compare the graphs with diffusers."
 )
+_parity_memory = click.option(
+    "--parity-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Memory that the comparison may take; by default what is free. A network that does not "
+    "fit is compared by the first of each kind of block.",
+)
 _output = click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="The bundle to make."
 )
@@ -81,6 +89,7 @@ _output = click.option(
 @_weights
 @_precision
 @_skip_parity
+@_parity_memory
 @options.backend
 @options.threads
 @options.force
@@ -102,6 +111,7 @@ def build(
     weights: Literal["link", "copy"],
     precisions: tuple[str, ...],
     skip_parity: bool,
+    parity_memory: float | None,
     backend: str,
     threads: int,
     force: bool,
@@ -141,8 +151,10 @@ def build(
         weights=weights,
         precisions=precisions or None,
         is_parity_checked=not skip_parity,
+        parity_bytes=None if parity_memory is None else int(parity_memory * 2**30),
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
+    recording = replace(recording, text_tokens=bundle.export.text_tokens)
     work = stages.calibration_directory(bundle, checkpoint, exporting)
     with progress("calibrate") as report:
         trajectories = stages.record_pipeline(
@@ -165,6 +177,7 @@ def build(
 @_weights
 @_precision
 @_skip_parity
+@_parity_memory
 @options.force
 @options.as_json
 def export(
@@ -179,6 +192,7 @@ def export(
     weights: Literal["link", "copy"],
     precisions: tuple[str, ...],
     skip_parity: bool,
+    parity_memory: float | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -201,6 +215,7 @@ def export(
         weights=weights,
         precisions=precisions or None,
         is_parity_checked=not skip_parity,
+        parity_bytes=None if parity_memory is None else int(parity_memory * 2**30),
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
     inspect_bundle(bundle, as_json=as_json)

@@ -125,7 +125,8 @@ batch = click.option(
     "--batch",
     type=Parsed("range", Range),
     metavar="MIN/OPT/MAX",
-    help="Pictures at a time that plans are to be made for; 1/1/1 by default. No limit to others.",
+    help="Pictures at a time that plans are to be made for; 1/1/1 by default. Backends without "
+    "plans render any batch.",
 )
 
 

@@ -98,6 +98,7 @@ def render(
             threads=threads,
             embedding_cache=embedding_cache,
             text_precision=text_precision,
+            keep_encoders=False,
         ) as pipeline,
     ):
         with progress("rendering") as report:
