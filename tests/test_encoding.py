@@ -16,7 +16,7 @@ from meancache_trt.encoding import BundleEncoder, GraphEncoder, encoder_digest
 from meancache_trt.errors import BundleError, InputError, RuntimeUnavailableError
 from meancache_trt.export.text import PromptEncoder
 from meancache_trt.manifest import Exported
-from meancache_trt.render import Pipeline
+from meancache_trt.render import Pipeline, load
 
 PROMPT = "large plain red circle left gray"
 PROMPTS = ["", PROMPT, "UPPER, don't  café 🦊 東京", "a long walk " * 300]
@@ -221,6 +221,33 @@ def test_embeddings_that_do_not_say_are_taken(shared_bundle):
 def test_what_cannot_be_encoded_is_an_input_error(shared_bundle, prompts):
     with pytest.raises(InputError, match=r"no prompts|is not Unicode text.*UTF-8"):
         pipeline(shared_bundle, "off").encode(prompts)
+
+
+def test_one_text_is_not_taken_for_a_list(shared_bundle):
+    with load(shared_bundle, embedding_cache="off") as pipeline:
+        for call in (pipeline.encode, pipeline.render):
+            with pytest.raises(InputError, match=r"prompts are a list.*give \['fox'\]"):
+                call("fox")
+
+
+def test_embeddings_of_another_length_are_refused_with_both(shared_bundle):
+    with load(shared_bundle, embedding_cache="off") as pipeline:
+        made = pipeline.encode(["fox"])
+        short = {
+            name: tensor[:, :7] if tensor.ndim == 3 else tensor
+            for name, tensor in made.tensors.items()
+        }
+        with pytest.raises(InputError, match=r"of shape \(32, 64\) .* found \(7, 64\)"):
+            pipeline.render(Conditioning(made.prompts, short))
+
+
+def test_encoders_can_be_freed_before_the_network_runs(shared_bundle):
+    with load(shared_bundle, embedding_cache="off", keep_encoders=False) as pipeline:
+        (first,) = pipeline.render(["fox"], schedule="b6")
+        loaded = [path for path in pipeline.graphs._loaded if "text_encoder" in path]
+        (second,) = pipeline.render(["fox"], schedule="b6")
+    assert not loaded
+    assert np.array_equal(first.latent, second.latent)
 
 
 def test_a_missing_tokenizers_library_is_told_with_the_remedy(shared_bundle, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
-from meancache_trt.errors import BundleError, ScheduleError
+from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.files import write_json
 from meancache_trt.meancache.schedule import Evidence, Schedule, bake, save_schedule
@@ -159,3 +159,8 @@ def test_a_render_uses_the_schedule_of_its_resolution(pipeline: Pipeline) -> Non
         (made,) = pipeline.render(["a red star"], schedule=2, width=width, height=64)
         assert made.schedule == name
         assert made.pixels.shape == (64, width, 3)
+
+
+def test_frames_of_a_picture_are_refused(pipeline: Pipeline) -> None:
+    with pytest.raises(InputError, match="makes pictures, found 5 frames; leave frames out"):
+        pipeline.resolution(frames=5)

@@ -19,7 +19,7 @@ from meancache_trt.export.encoders import build_encoder, load_encoder, named_as_
 from meancache_trt.export.family import Size, TextGraph
 from meancache_trt.export.flux import FLUX
 from meancache_trt.export.graphs import write_graph
-from meancache_trt.export.job import F32, Job
+from meancache_trt.export.job import F32, Job, WeightPlacement
 from meancache_trt.export.networks import text_encoders
 from meancache_trt.export.safetensors_file import StoredTensor
 from meancache_trt.export.weights import place_weights
@@ -62,13 +62,15 @@ def tensors_of(folder: Path, part: str) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / part / "model.safetensors"))
 
 
-def export(folder: Path, text: TextGraph) -> tuple[Path, Component]:
+def export(
+    folder: Path, text: TextGraph, placement: WeightPlacement = "link"
+) -> tuple[Path, Component]:
     source, root = Checkpoint(folder), folder.parent / "out"
     configs = source.configs(COMPONENTS)
     job = Job(source, FLUX, configs, Size(32, 48, TEXT_TOKENS), root, "link", lambda _: None)
     (model,) = (model for model in text_encoders(job) if model.text is text)
     model.check()
-    files = place_weights(source.weight_files(model.part), root, model.folder, "link")
+    files = place_weights(source.weight_files(model.part), root, model.folder, placement)
     return root, write_graph(model, F32, files)
 
 
@@ -231,6 +233,13 @@ def test_graph_file_has_the_recorded_names_and_dimensions(folder: Path, text: Te
             for value in values
         }
         assert found == {name: record.shape for name, record in records.items()}
+
+
+def test_copied_weights_are_not_counted_as_shared(folder: Path) -> None:
+    _, linked = export(folder, CLIP)
+    _, copied = export(folder, CLIP, "copy")
+    assert linked.shared_bytes >= 0.95 * linked.weight_bytes
+    assert (copied.weight_bytes, copied.shared_bytes) == (linked.weight_bytes, 0)
 
 
 def test_graph_and_tokenizer_lie_beside_the_weights(folder: Path) -> None:

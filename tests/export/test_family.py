@@ -33,6 +33,11 @@ def test_impossible_size_is_told_with_the_nearest_valid_ones(
         check_size(FLUX, configs, Size(height, width, 12))
 
 
+def test_text_longer_than_the_pipeline_takes_is_refused(configs: Configs) -> None:
+    with pytest.raises(InputError, match="text_tokens is 513; expected at most 512"):
+        check_size(FLUX, configs, Size(32, 32, 513))
+
+
 def test_a_picture_has_no_frames(configs: Configs) -> None:
     with pytest.raises(InputError, match="frames is 9, but the flux family makes pictures"):
         check_size(FLUX, configs, Size(32, 32, 12, 9))
