@@ -70,7 +70,7 @@ def shortest_pair_path(costs: NDArray[np.float64], budget: int, gamma: float) ->
 def _extended(
     totals: NDArray[np.float64], powers: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Paths with one edge more: `totals[t, q]` over (t, t + q), and the p that is best before it."""
+    """Paths with one edge more: `totals[t, q]` over (t, t + q), and the best p before it."""
     steps, width = totals.shape
     node, back = np.ogrid[:steps, 1:width]
     arriving = np.where(node >= back, totals[np.maximum(node - back, 0), back], np.inf)

@@ -24,6 +24,10 @@ from meancache_trt.calibration.velocity_field import VelocityField
 from meancache_trt.errors import CalibrationError
 from meancache_trt.meancache.folding import Rows, interval_widths, rows_from
 
+MAX_HISTORY = 8
+"""Velocities that a row reads: those of the update graph for 8, which take as much device memory
+as 8 latents."""
+
 DIVERGED = 10.0
 """A latent this many final latents away from its recording; fits end below 1."""
 
@@ -34,25 +38,35 @@ the last H velocities, that of node n in place n mod H."""
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How rows are fitted.
+    """How rows are fitted; the defaults are the best measured (`scripts/prove fitted-schedules`).
 
-    `history` is H. `ridge` is what deviating from plain reuse costs, relative to the velocities'
-    mean square. `is_consistent` has each row sum to σ_next − σ_n. `folds` 1 holds nothing out.
+    `history` is H, 1 to 8 so that a device holds few velocities. `ridge` is what deviating from
+    plain reuse costs, relative to the velocities' mean square. `is_consistent` has each row sum to
+    σ_next − σ_n, so that a constant velocity is exact. `folds` 1 holds nothing out.
+
+    Raises `CalibrationError` for values out of range.
     """
 
-    history: int = 4
-    ridge: float = 1e-6
-    is_consistent: bool = False
+    history: int = MAX_HISTORY
+    ridge: float = 1e-5
+    is_consistent: bool = True
     folds: int = 4
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.history <= MAX_HISTORY and self.ridge >= 0 and self.folds >= 1):
+            raise CalibrationError(
+                f"a fit has a history of 1 to {MAX_HISTORY}, a ridge of 0 or more and at least one "
+                f"fold, found {self.history}, {self.ridge} and {self.folds}"
+            )
 
 
 @dataclass(frozen=True)
 class FittedRows:
     """A table, and what its trajectories showed.
 
-    `errors` (samples,) are distances from the recorded final latents as fractions of these, each of
-    a sample that was held out. `evaluations` counts samples at nodes; velocities at node 0 are those
-    of the recording.
+    `errors` (samples,) are distances from the recorded final latents as fractions of these, each
+    of a sample that was held out. `evaluations` counts samples at nodes; velocities at node 0 are
+    those of the recording.
     """
 
     rows: Rows
@@ -131,7 +145,9 @@ class _Fit:
         table: list[NDArray[np.float64]] = []
         moves = np.zeros((self._options.folds, 0))
         for n in range(len(self._nodes)):
-            grams = np.stack([g for chunk in self._chunks() for g in self._advance(states, chunk, n, moves)])
+            grams = np.stack(
+                [g for chunk in self._chunks() for g in self._advance(states, chunk, n, moves)]
+            )
             moves = np.stack([self._row(grams[kept], n) for kept in self._kept()])
             table.append(self._row(grams, n))
         errors = np.concatenate([self._end(states, chunk, moves) for chunk in self._chunks()])
@@ -171,7 +187,9 @@ class _Fit:
         states.write(samples, chunk)
         order = [*self._past(n), _TO_GO]
         norms = self._norms[list(samples)]
-        return [gram_matrix(state[order]) / norm**2 for state, norm in zip(chunk, norms, strict=True)]
+        return [
+            gram_matrix(state[order]) / norm**2 for state, norm in zip(chunk, norms, strict=True)
+        ]
 
     def _end(
         self, states: SampleStates, samples: Sequence[int], moves: NDArray[np.float64]
@@ -210,9 +228,9 @@ class _Fit:
             if not distance < DIVERGED:
                 prompt = self._prompt(sample)
                 raise CalibrationError(
-                    f"the trajectory of {prompt.text!r} (seed {prompt.seed}) is {distance:.3g} final "
-                    f"latents away from its recording after {n} evaluations; expected less than "
-                    f"{DIVERGED:g}. Raise the budget, or leave this prompt out"
+                    f"the trajectory of {prompt.text!r} (seed {prompt.seed}) is {distance:.3g} "
+                    f"final latents away from its recording after {n} evaluations; expected less "
+                    f"than {DIVERGED:g}. Raise the budget, or leave this prompt out"
                 )
 
     def _distances(self, chunk: Array, samples: Sequence[int]) -> NDArray[np.float64]:

@@ -25,7 +25,9 @@ class SampleStates:
         states = np.empty((len(samples), *self._shape), np.float32)
         for state, sample in zip(states, samples, strict=True):
             self._file.seek(sample * state.nbytes)
-            self._file.readinto(memoryview(state).cast("B"))  # type: ignore[attr-defined]
+            state[...] = np.frombuffer(self._file.read(state.nbytes), np.float32).reshape(
+                self._shape
+            )
         return states
 
     def write(self, samples: Sequence[int], states: Array) -> None:
@@ -33,7 +35,7 @@ class SampleStates:
         for state, sample in zip(states, samples, strict=True):
             self._file.seek(sample * state.nbytes)
             try:
-                self._file.write(memoryview(state).cast("B"))
+                self._file.write(np.ascontiguousarray(state).data)
             except OSError as error:
                 raise CalibrationError(
                     f"expected room for {state.nbytes} bytes a sample in {tempfile.gettempdir()}, "

@@ -92,11 +92,15 @@ class _Moments:
             [np.zeros((len(sigmas), 1)), np.cumsum(self._moved * widths, axis=1)]
         )
 
-    def toward(self, start: NDArray[np.int64], end: NDArray[np.int64], at: Matrix) -> Matrix:
+    def toward(
+        self, start: NDArray[np.int64], end: NDArray[np.int64], at: NDArray[np.int64]
+    ) -> Matrix:
         """⟨d(start, end), v_at⟩."""
         return np.asarray(self._moved[end, at] - self._moved[start, at])
 
-    def reuse_error(self, node: NDArray[np.int64], target: NDArray[np.int64], width: Matrix) -> Matrix:
+    def reuse_error(
+        self, node: NDArray[np.int64], target: NDArray[np.int64], width: Matrix
+    ) -> Matrix:
         """‖d(node, target) − width·v_node‖²."""
         both = self._both
         own = both[target, target] - 2 * both[node, target] + both[node, node]

@@ -17,6 +17,7 @@ from meancache_trt import standins
 from meancache_trt.bundle import MANIFEST, Bundle, create_bundle
 from meancache_trt.calibration.baking import BakeOptions, bake_schedules, check_budgets
 from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
+from meancache_trt.engine_field import engine_field
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
 from meancache_trt.export.family import Configs, Family, default_frames
@@ -24,7 +25,13 @@ from meancache_trt.export.pipeline import export_components, identify, resolutio
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Exported, Model, component_name
 from meancache_trt.meancache.files import encode_json
-from meancache_trt.meancache.schedule import ModelReference, Schedule, bake, check_guidance_scale
+from meancache_trt.meancache.schedule import (
+    FITTED,
+    ModelReference,
+    Schedule,
+    bake,
+    check_guidance_scale,
+)
 from meancache_trt.render import Pipeline
 from meancache_trt.selection import calibrated_size, grid_size
 from meancache_trt.shapes import ONE, PictureSize, Range
@@ -277,16 +284,42 @@ def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[st
     return options
 
 
+def bake_for(
+    bundle: Bundle,
+    trajectories: Trajectories,
+    budgets: Sequence[int],
+    options: BakeOptions | None = None,
+    *,
+    backend: str = "auto",
+    threads: int = 0,
+) -> tuple[Schedule, ...]:
+    """`bake_schedules`, with the bundle's engine for methods that run the network.
+
+    Raises `RuntimeUnavailableError` where one does and the backend cannot run here.
+    """
+    if options is None or options.method != FITTED:
+        return bake_schedules(trajectories, budgets, options)
+    with (
+        Pipeline(bundle, backend=backend, threads=threads) as pipeline,
+        engine_field(pipeline, trajectories) as field,
+    ):
+        return bake_schedules(trajectories, budgets, options, field)
+
+
 def bake_into(
     bundle: Bundle,
     trajectories: Trajectories,
     budgets: Sequence[int],
     options: BakeOptions | None = None,
+    *,
+    backend: str = "auto",
+    threads: int = 0,
 ) -> list[Schedule]:
     """Add to `bundle` a schedule for each budget, and `full`, which evaluates every step.
 
     A schedule is called bN after its budget, or bN-WIDTHxHEIGHT where it is calibrated for a
-    resolution other than the bundle's default. `full` is the same for every resolution.
+    resolution other than the bundle's default. `full` is the same for every resolution. For
+    `backend` and `threads` see `bake_for`.
     """
     settings = trajectories.settings
     full = bake(
@@ -298,7 +331,9 @@ def bake_into(
     )
     chosen = [
         named_in(bundle, schedule, f"b{schedule.budget}")
-        for schedule in bake_schedules(trajectories, budgets, options)
+        for schedule in bake_for(
+            bundle, trajectories, budgets, options, backend=backend, threads=threads
+        )
     ]
     is_default = not _suffix(bundle, grid_size(settings.grid))
     if is_default or full.name not in bundle.schedule_names():

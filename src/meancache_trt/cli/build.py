@@ -9,13 +9,18 @@ import click
 
 from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
-from meancache_trt.calibration.baking import bake_schedules
+from meancache_trt.calibration.baking import (
+    DEFAULT_METHOD,
+    STRATEGIES,
+    BakeOptions,
+    bake_schedules,
+)
 from meancache_trt.cli import options
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
 from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.meancache.schedule import save_schedule
+from meancache_trt.meancache.schedule import FITTED, save_schedule
 from meancache_trt.shapes import PictureSize, Range
 
 _samples = click.option(
@@ -76,6 +81,13 @@ _output = click.option(
 @options.steps
 @options.guidance_scale
 @_budgets
+@click.option(
+    "--method",
+    type=click.Choice([*STRATEGIES, FITTED]),
+    default=DEFAULT_METHOD,
+    show_default=True,
+    help="How skipped steps are estimated; fitted runs the network again while it bakes.",
+)
 @_samples
 @_prompts
 @_weights
@@ -97,6 +109,7 @@ def build(
     steps: int,
     guidance_scale: float | None,
     budgets: tuple[int, ...],
+    method: str,
     samples: int,
     file: Path | None,
     weights: Literal["link", "copy"],
@@ -148,7 +161,14 @@ def build(
         trajectories = stages.record_pipeline(
             checkpoint, work, recording, note=note, report=report, is_forced=force
         )
-    stages.bake_into(bundle, trajectories, recording.budgets)
+    stages.bake_into(
+        bundle,
+        trajectories,
+        recording.budgets,
+        BakeOptions(method=method),
+        backend=backend,
+        threads=threads,
+    )
     stages.plan(bundle, backend=backend, threads=threads)
     report_schedules(bundle, as_json=as_json)
 
