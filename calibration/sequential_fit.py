@@ -47,7 +47,7 @@ class FitOptions:
     Raises `CalibrationError` for values out of range.
     """
 
-    history: int = MAX_HISTORY
+    history: int = 6
     ridge: float = 1e-5
     is_consistent: bool = True
     folds: int = 4
