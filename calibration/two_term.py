@@ -12,11 +12,14 @@ sum of recorded steps: a difference of recorded latents would bring their roundi
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meancache_trt.calibration.costs import gram_matrix
+from meancache_trt.calibration.trajectories import Trajectory
 from meancache_trt.errors import CalibrationError
 
 RIDGE = 1e-7
@@ -59,26 +62,66 @@ def two_term_edges(
         CalibrationError: where the Gram matrix is of another grid, or not finite.
     """
     _check(gram, sigmas)
-    steps = len(gram)
-    reach = min(longest or steps, steps)
-    node, back, ahead = np.ogrid[:steps, : reach + 1, : reach + 1]
-    before, target = np.maximum(node - back, 0), np.minimum(node + ahead, steps)
-    moments = _Moments(gram, sigmas)
-    width = sigmas[target] - sigmas[node]
-    residual = _Residual(
-        own=gram[node, node],
-        cross=gram[node, before],
-        other=gram[before, before],
-        own_miss=moments.toward(node, target, node) - width * gram[node, node],
-        other_miss=moments.toward(node, target, before) - width * gram[node, before],
-        square=moments.reuse_error(node, target, width),
-    )
+    grid = _Edges(sigmas, min(longest or len(gram), len(gram)))
+    residual = grid.residual(gram)
     fit = _consistent if is_consistent else _free
-    change = fit(residual, ridge, has_other=back > 0)
-    is_edge = (ahead > 0) & (node + ahead <= steps) & np.where(back > 0, node >= back, node == 0)
-    squares = np.where(ahead == 1, 0.0, np.maximum(residual.after(change), 0.0))
-    weights = change + np.stack([width + np.zeros_like(change[..., 0]), 0 * change[..., 1]], -1)
-    return TwoTermEdges(weights, np.where(is_edge, np.sqrt(squares), np.inf))
+    change = fit(residual, ridge, has_other=grid.back > 0)
+    weights = np.stack([grid.width + change[..., 0], change[..., 1]], -1)
+    return TwoTermEdges(weights, np.where(grid.is_edge, grid.errors(residual, change), np.inf))
+
+
+def peak_costs(
+    trajectories: Iterable[Trajectory], sigmas: Matrix, edges: TwoTermEdges, gammas: Sequence[float]
+) -> list[Matrix]:
+    """Costs of `edges` for each γ: the γ-mean of their errors over samples, (T, L + 1, L + 1).
+
+    With cost^γ summed along a path, γ then suppresses single bad samples as it does single bad
+    edges. One trajectory is in memory at a time; each needs a final latent that is not zero.
+    """
+    grid = _Edges(sigmas, edges.costs.shape[1] - 1)
+    change = edges.weights - np.stack([grid.width, np.zeros_like(grid.width)], -1)
+    totals, samples = [np.zeros_like(edges.costs) for _ in gammas], 0
+    for samples, trajectory in enumerate(trajectories, start=1):  # noqa: B007
+        norm = np.linalg.norm(trajectory.final.astype(np.float64))
+        residual = grid.residual(gram_matrix(trajectory.velocities) / norm**2)
+        errors = grid.errors(residual, change)
+        totals = [total + errors**gamma for total, gamma in zip(totals, gammas, strict=True)]
+    return [
+        np.where(grid.is_edge, (total / max(samples, 1)) ** (1 / gamma), np.inf)
+        for total, gamma in zip(totals, gammas, strict=True)
+    ]
+
+
+class _Edges:
+    """Every edge (t, p, q) of a grid; arrays that broadcast to (T, L + 1, L + 1)."""
+
+    def __init__(self, sigmas: Matrix, reach: int) -> None:
+        steps = len(sigmas) - 1
+        self._sigmas = sigmas
+        self.node, self.back, self.ahead = np.ogrid[:steps, : reach + 1, : reach + 1]
+        self.before = np.maximum(self.node - self.back, 0)
+        self.target = np.minimum(self.node + self.ahead, steps)
+        self.width = sigmas[self.target] - sigmas[self.node] + np.zeros((1, reach + 1, 1))
+        has_before = np.where(self.back > 0, self.node >= self.back, self.node == 0)
+        self.is_edge = (self.ahead > 0) & (self.node + self.ahead <= steps) & has_before
+
+    def residual(self, gram: Matrix) -> _Residual:
+        """What plain reuse leaves on velocities with this Gram matrix."""
+        node, before, target = self.node, self.before, self.target
+        moments = _Moments(gram, self._sigmas)
+        return _Residual(
+            own=gram[node, node],
+            cross=gram[node, before],
+            other=gram[before, before],
+            own_miss=moments.toward(node, target, node) - self.width * gram[node, node],
+            other_miss=moments.toward(node, target, before) - self.width * gram[node, before],
+            square=moments.reuse_error(node, target, self.width),
+        )
+
+    def errors(self, residual: _Residual, change: Matrix) -> Matrix:
+        """What is left after `change`; a single step is the recorded velocity itself."""
+        squares = np.where(self.ahead == 1, 0.0, np.maximum(residual.after(change), 0.0))
+        return np.asarray(np.sqrt(squares))
 
 
 class _Moments:
