@@ -38,11 +38,12 @@ the last H velocities, that of node n in place n mod H."""
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How rows are fitted; the defaults are the best measured (`scripts/prove fitted-schedules`).
+    """How rows are fitted.
 
     `history` is H, 1 to 8 so that a device holds few velocities. `ridge` is what deviating from
     plain reuse costs, relative to the velocities' mean square. `is_consistent` has each row sum to
-    σ_next − σ_n, so that a constant velocity is exact. `folds` 1 holds nothing out.
+    σ_next − σ_n, so that a constant velocity is exact (`scripts/prove fitted-schedules` has both).
+    `folds` 1 holds nothing out.
 
     Raises `CalibrationError` for values out of range.
     """
