@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -125,6 +126,35 @@ def test_rows_do_not_depend_on_the_batch(
     found = fit_rows(samples, FormulaField(grid, batch), NODES)
     assert found.rows == two.rows
     assert (found.errors == two.errors).all()
+
+
+def test_memory_does_not_grow_with_the_samples(
+    tmp_path: Path, settings: Settings, grid: SigmaGrid
+) -> None:
+    class Constant:
+        batch = 2
+
+        def __call__(self, prompts: Sequence[Prompt], latents: Array, step: int) -> Array:  # noqa: ARG002
+            return np.ones_like(latents)
+
+    def sample(prompt: Prompt, on_step: Callable[[int, Array], None]) -> tuple[Array, Array]:
+        ones = np.ones(20_000, np.float32)
+        for step in range(grid.steps):
+            on_step(step, ones)
+        return ones * 5, ones * 4
+
+    (only,) = record(tmp_path / "one", settings, sample, [Prompt("ones")]).samples
+
+    def peak(count: int) -> int:
+        many = Trajectories(tmp_path / "one", settings, (only,) * count)
+        tracemalloc.start()
+        fit_rows(many, Constant(), NODES)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(4)  # what is imported at the first use
+    assert peak(64) < 1.2 * peak(4)
 
 
 def test_every_sample_is_evaluated_once_at_every_node_but_the_first(
