@@ -130,13 +130,13 @@ def _from_calibration(
     if budget is None:
         raise click.UsageError("--calibration needs --budget")
     options = BakeOptions() if method is None else BakeOptions(method=method)
-    trajectories = load_trajectories(directory)
-    if bundle is not None:
-        (schedule,) = stages.bake_for(bundle, trajectories, [budget], options)
-    elif options.method == FITTED:
+    if options.method == FITTED and bundle is None:
         raise click.UsageError("--method fitted runs the network; give its --bundle")
-    else:
+    trajectories = load_trajectories(directory)
+    if bundle is None:
         (schedule,) = bake_schedules(trajectories, [budget], options)
+    else:
+        (schedule,) = stages.bake_for(bundle, trajectories, [budget], options)
     return schedule
 
 
