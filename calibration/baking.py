@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from meancache_trt.calibration.choice import Choice, Choose
 from meancache_trt.calibration.costs import (
     CostRule,
     Norm,
@@ -17,13 +18,16 @@ from meancache_trt.calibration.costs import (
     measure_costs,
     velocity_change,
 )
+from meancache_trt.calibration.fitted import DEFAULT_GAMMAS, fitted_choices
 from meancache_trt.calibration.path import shortest_path
 from meancache_trt.calibration.refit import interval_errors, mean_gram, refit_spans
+from meancache_trt.calibration.sequential_fit import FitOptions
 from meancache_trt.calibration.trajectories import Trajectories
+from meancache_trt.calibration.velocity_field import VelocityField
 from meancache_trt.errors import CalibrationError
 from meancache_trt.meancache.methods import get_method
 from meancache_trt.meancache.methods.threshold import select_nodes
-from meancache_trt.meancache.schedule import Evidence, Schedule, bake
+from meancache_trt.meancache.schedule import FITTED, Evidence, Schedule, bake
 
 # Chosen on the FLUX stand-in by `scripts/prove calibration-defaults`, whose record is
 # docs/proof/calibration-defaults.json: mean PSNR over eight budgets from 25 to 5 of 50 steps.
@@ -46,7 +50,8 @@ class BakeOptions:
     """How nodes are chosen; the defaults are the best measured (see the constants).
 
     `scaling`, `norm`, `gamma` and `max_span` act on methods with edge costs. `is_refitted` off
-    takes nodes and spans from the edge costs alone, as the paper does.
+    takes nodes and spans from the edge costs alone, as the paper does. `gammas` and `fit` act on
+    "fitted", which tries all of `gammas`.
     """
 
     method: str = DEFAULT_METHOD
@@ -55,41 +60,33 @@ class BakeOptions:
     gamma: float = DEFAULT_GAMMA
     max_span: int = DEFAULT_MAX_SPAN
     is_refitted: bool = True
+    gammas: tuple[float, ...] = DEFAULT_GAMMAS
+    fit: FitOptions = field(default_factory=FitOptions)
 
-
-@dataclass(frozen=True)
-class Choice:
-    """Nodes (and spans) for one budget, with what is known about them (see `Evidence`)."""
-
-    nodes: tuple[int, ...]
-    spans: tuple[int, ...] | None = None
-    edge_costs: tuple[float, ...] | None = None
-    path_cost: float | None = None
-    cost: str | None = None
-    gamma: float | None = None
-
-
-Choose = Callable[[int], Choice]
-"""Budget -> choice."""
 
 Strategy = Callable[[Trajectories, BakeOptions], Choose]
 
 
 def bake_schedules(
-    trajectories: Trajectories, budgets: Sequence[int], options: BakeOptions | None = None
+    trajectories: Trajectories,
+    budgets: Sequence[int],
+    options: BakeOptions | None = None,
+    network: VelocityField | None = None,
 ) -> tuple[Schedule, ...]:
     """Bake one schedule for each budget, named as "official-b10".
 
     Each carries the trajectories' settings, so that it is refused elsewhere, and its evidence.
+    `network` is what was recorded; only "fitted" runs it, and has to have it.
 
     Raises:
         CalibrationError: for a method that does not choose nodes from trajectories, a budget
-            outside 1 to T, or trajectories that are not fit for use.
+            outside 1 to T, trajectories that are not fit for use, or a network that is missing or
+            another one.
     """
     options = options or BakeOptions()
     check_budgets(budgets, trajectories.grid.steps)
     started = time.perf_counter()
-    choose = _strategy(options.method)(trajectories, options)
+    choose = _chooser(trajectories, options, network)
     measured_s = time.perf_counter() - started
     return tuple(_bake(trajectories, options, choose, budget, measured_s) for budget in budgets)
 
@@ -104,12 +101,27 @@ def _bake(
     evidence = Evidence(
         samples=len(trajectories),
         seconds=trajectories.seconds + measured_s + solved_s,
-        network_evaluations=len(trajectories) * trajectories.grid.steps,
+        network_evaluations=len(trajectories) * trajectories.grid.steps + choice.evaluations,
         cost=choice.cost,
         gamma=choice.gamma,
         edge_costs=choice.edge_costs,
         path_cost=choice.path_cost,
+        held_out_error=choice.held_out_error,
     )
+    if choice.rows is not None:
+        return Schedule(
+            name=f"{options.method}-b{budget}",
+            family=settings.family,
+            model=settings.model,
+            grid=trajectories.grid,
+            guidance_scale=settings.guidance_scale,
+            precision=settings.precision,
+            method=options.method,
+            nodes=choice.nodes,
+            history=max(map(len, choice.rows)),
+            weights=choice.rows,
+            calibration=evidence,
+        )
     return bake(
         options.method,
         trajectories.grid,
@@ -192,11 +204,24 @@ STRATEGIES: dict[str, Strategy] = {
 """Method -> how its nodes are chosen."""
 
 
+def _chooser(
+    trajectories: Trajectories, options: BakeOptions, network: VelocityField | None
+) -> Choose:
+    if options.method == FITTED:
+        if network is None:
+            raise CalibrationError(
+                "fitted schedules run the network along their own trajectories, found none; give "
+                "the bundle of the model that was recorded"
+            )
+        return fitted_choices(trajectories, network, options.gammas, options.fit)
+    return _strategy(options.method)(trajectories, options)
+
+
 def _strategy(method: str) -> Strategy:
     if method not in STRATEGIES:
         raise CalibrationError(
             f"method {method!r} does not choose its nodes from trajectories; expected one of "
-            f"{', '.join(STRATEGIES)}, or bake it with explicit nodes"
+            f"{', '.join([*STRATEGIES, FITTED])}, or bake it with explicit nodes"
         )
     return STRATEGIES[method]
 

@@ -6,12 +6,13 @@ for each. Recording can be interrupted at any time and resumed; samples are read
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -139,24 +140,38 @@ class Trajectories:
         for sample in self.samples:
             yield self._read(sample)
 
+    def velocities(self, index: int, start: int, end: int) -> Array:
+        """Velocities at steps `start` to `end` − 1 of one sample, (end − start, N), and no more."""
+        with self._opened(self.samples[index]) as stored:
+            velocities = stored.get_slice("velocities")[start:end]
+        return np.asarray(velocities.reshape(end - start, -1))
+
     def _read(self, sample: Sample) -> Trajectory:
+        with self._opened(sample) as stored:
+            velocities = stored.get_tensor("velocities")
+            ends = [stored.get_tensor(name).reshape(-1) for name in ("initial", "final")]
+        return Trajectory(sample.prompt, velocities.reshape(len(velocities), -1), *ends)
+
+    @contextlib.contextmanager
+    def _opened(self, sample: Sample) -> Iterator[Any]:
+        """The file of a sample. Raises `CalibrationError` where it is not as it was recorded."""
         path = self.directory / sample.file
         try:
             with safe_open(path, framework="numpy") as stored:
-                velocities = stored.get_tensor("velocities")
-                ends = [stored.get_tensor(name).reshape(-1) for name in ("initial", "final")]
+                self._check_steps(path, stored.get_slice("velocities").get_shape()[0])
+                yield stored
         except (OSError, SafetensorError) as error:
             raise CalibrationError(
                 f"{path}: expected a complete recording of {sample.prompt.text!r}, found {error}; "
                 "record again, complete samples are kept"
             ) from error
-        steps = self.grid.steps
-        if len(velocities) != steps:
+
+    def _check_steps(self, path: Path, found: int) -> None:
+        if found != self.grid.steps:
             raise CalibrationError(
-                f"{path}: expected {steps} velocities, found {len(velocities)}; delete the file "
+                f"{path}: expected {self.grid.steps} velocities, found {found}; delete the file "
                 "and record again"
             )
-        return Trajectory(sample.prompt, velocities.reshape(steps, -1), *ends)
 
 
 def load_trajectories(directory: Path) -> Trajectories:

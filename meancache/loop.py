@@ -92,6 +92,8 @@ class DenoisingLoop:
         if _MODEL_INPUT in update.outputs:
             twice = (2 * latent_shape[0], *latent_shape[1:])
             self.initial_input = runtime.zeros(twice, "float32")
+        history = _history_of(update)
+        self._velocities = [runtime.zeros(latent_shape, "float32") for _ in range(history)]
         evaluations = self._bind_evaluations(network, update, constants, update_constants)
         self._evaluations = [runtime.sequence(pair) for pair in evaluations]
         self._all = runtime.sequence(list(itertools.chain.from_iterable(evaluations)))
@@ -109,6 +111,17 @@ class DenoisingLoop:
             evaluation.enqueue()
             self._runtime.synchronize()
             on_evaluation(done, self.schedule.budget)
+
+    def evaluate(self, node: int, latent: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The velocity at `latent` and the timestep of a node, after guidance; waits.
+
+        Both are float32 of `latent_shape`. Latents and history of a run are lost.
+        """
+        self._latents[node % 2].write(latent)
+        if self.initial_input is not self.initial:
+            self.initial_input.write(np.concatenate([latent, latent]))
+        self._evaluations[node].enqueue()
+        return self._velocities[node % len(self._velocities)].read()
 
     def result(self) -> NDArray[np.float32]:
         """The final latent, float32; waits. Raises `RenderError` where it is not finite."""
@@ -129,11 +142,10 @@ class DenoisingLoop:
         update_constants: Mapping[str, Tensor],
     ) -> list[tuple[Call, Call]]:
         runtime, shape, input_shape = self._runtime, self.initial.shape, self.initial_input.shape
-        history = _history_of(update)
+        velocities, history = self._velocities, len(self._velocities)
         rows = self.schedule.table(history)
         output = runtime.zeros(input_shape, "float32")
         zeros = runtime.zeros(shape, "float32")
-        velocities = [runtime.zeros(shape, "float32") for _ in range(history)]
         # One tensor serves all: an update writes it when the network call before has read it.
         copies = {_MODEL_INPUT: self.initial_input} if _MODEL_INPUT in update.outputs else {}
         calls = []

@@ -44,6 +44,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     `edge_costs` has one entry for each interval (B), measured as `cost` says; `path_cost` is the
     sum of their powers `gamma`. `seconds` and `network_evaluations` include the recording.
+    `held_out_error` is how far a fitted table ends from recorded final latents, as a fraction of
+    these: the geometric mean over samples, each left out of the fit that moved it.
     """
 
     samples: int
@@ -53,6 +55,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     gamma: float | None = None
     edge_costs: tuple[float, ...] | None = None
     path_cost: float | None = None
+    held_out_error: float | None = None
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

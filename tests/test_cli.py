@@ -85,6 +85,19 @@ def test_bake_refuses_malformed_schedules_with_one_message(run, arguments, messa
     assert re.search(message, only_error(result))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--calibration somewhere --budget 5", "runs the network; give its --bundle"),
+        ("--nodes 0,1,3", "come from recordings; give --calibration"),
+    ],
+)
+def test_fitted_weights_need_a_recording_and_its_network(run, arguments, message):
+    status, out, err = run("bake", "--method", "fitted", *arguments.split())
+    assert (status, out) == (2, "")
+    assert message in err
+
+
 def test_bake_needs_no_spans_where_there_is_no_edge(run):
     status, out, _ = run("bake", "--method", "official", "--nodes", 0, "--steps", 5, "--json")
     assert status == 0

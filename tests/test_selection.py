@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.files import write_json
 from meancache_trt.meancache.schedule import Evidence, Schedule, bake, save_schedule
+from meancache_trt.plan import plan
 from meancache_trt.render import Pipeline
 from tests.test_resolutions import resolutions
 
@@ -147,7 +147,7 @@ def test_several_of_one_budget_and_resolution_are_never_a_guess(pipeline: Pipeli
 def test_a_plan_needs_no_schedule_of_the_default_resolution(pipeline: Pipeline) -> None:
     _, wide, _ = pipeline.bundle.export.resolutions
     add(pipeline, calibrated(pipeline, wide, 3))
-    record = stages.plan(pipeline.bundle, backend="auto", threads=1)
+    record = plan(pipeline.bundle, backend="auto", threads=1)
     assert record.evaluation_ms > 0
     assert Bundle.open(pipeline.bundle.directory).names("plans") == [record.runtime]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +16,7 @@ from meancache_trt import standins
 from meancache_trt.bundle import MANIFEST, Bundle, create_bundle
 from meancache_trt.calibration.baking import BakeOptions, bake_schedules, check_budgets
 from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
+from meancache_trt.engine_field import engine_field
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
 from meancache_trt.export.family import Configs, Family, default_frames
@@ -24,9 +24,14 @@ from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.pipeline import export_components, identify, resolutions_of
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Exported, Model, component_name
-from meancache_trt.meancache.files import encode_json
 from meancache_trt.meancache.hashing import verified_sha256
-from meancache_trt.meancache.schedule import ModelReference, Schedule, bake, check_guidance_scale
+from meancache_trt.meancache.schedule import (
+    FITTED,
+    ModelReference,
+    Schedule,
+    bake,
+    check_guidance_scale,
+)
 from meancache_trt.render import Pipeline
 from meancache_trt.selection import calibrated_size, grid_size
 from meancache_trt.shapes import ONE, PictureSize, Range
@@ -36,9 +41,6 @@ STANDIN = "standin/"
 
 DEFAULT_BUDGETS = (15, 10)
 """The two budgets that the paper reports for FLUX.1."""
-
-_PLAN_STEPS = 4
-"""Evaluations that a plan's time is a mean of; grids of two steps and more can be stretched."""
 
 _TOOLS = (
     "meancache-trt",
@@ -107,16 +109,6 @@ class RecordOptions:
             )
         check_guidance_scale(self.guidance_scale)
         check_budgets(self.budgets, self.steps)
-
-
-class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a runtime prepared here: load time by graph, one evaluation with its update."""
-
-    runtime: str
-    version: str
-    threads: int
-    load_ms: dict[str, float]
-    evaluation_ms: float
 
 
 def find_model(model: str) -> Checkpoint:
@@ -295,16 +287,42 @@ def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[st
     return options
 
 
+def bake_for(
+    bundle: Bundle,
+    trajectories: Trajectories,
+    budgets: Sequence[int],
+    options: BakeOptions | None = None,
+    *,
+    backend: str = "auto",
+    threads: int = 0,
+) -> tuple[Schedule, ...]:
+    """`bake_schedules`, with the bundle's engine for methods that run the network.
+
+    Raises `RuntimeUnavailableError` where one does and the backend cannot run here.
+    """
+    if options is None or options.method != FITTED:
+        return bake_schedules(trajectories, budgets, options)
+    with (
+        Pipeline(bundle, backend=backend, threads=threads) as pipeline,
+        engine_field(pipeline, trajectories) as field,
+    ):
+        return bake_schedules(trajectories, budgets, options, field)
+
+
 def bake_into(
     bundle: Bundle,
     trajectories: Trajectories,
     budgets: Sequence[int],
     options: BakeOptions | None = None,
+    *,
+    backend: str = "auto",
+    threads: int = 0,
 ) -> list[Schedule]:
     """Add to `bundle` a schedule for each budget, and `full`, which evaluates every step.
 
     A schedule is called bN after its budget, or bN-WIDTHxHEIGHT where it is calibrated for a
-    resolution other than the bundle's default. `full` is the same for every resolution.
+    resolution other than the bundle's default. `full` is the same for every resolution. For
+    `backend` and `threads` see `bake_for`.
     """
     settings = trajectories.settings
     full = bake(
@@ -316,7 +334,9 @@ def bake_into(
     )
     chosen = [
         named_in(bundle, schedule, f"b{schedule.budget}")
-        for schedule in bake_schedules(trajectories, budgets, options)
+        for schedule in bake_for(
+            bundle, trajectories, budgets, options, backend=backend, threads=threads
+        )
     ]
     is_default = not _suffix(bundle, grid_size(settings.grid))
     if is_default or full.name not in bundle.schedule_names():
@@ -344,38 +364,6 @@ def calibration_directory(bundle: Bundle, checkpoint: Checkpoint, options: Expor
 
 def _suffix(bundle: Bundle, size: PictureSize | None) -> str:
     return "" if size in (None, bundle.export.resolution.size) else f"-{size}"
-
-
-def plan(bundle: Bundle, *, backend: str, threads: int) -> PlanRecord:
-    """Load every graph on a backend, measure an evaluation, and record both in the bundle.
-
-    Raises `RuntimeUnavailableError` where the backend cannot run here.
-    """
-    with Pipeline(bundle, backend=backend, threads=threads) as pipeline:
-        load_ms = {}
-        for name, component in bundle.export.components.items():
-            # ONNX Runtime on the CPU runs float32; text encoders are no part of an evaluation.
-            if component.precision != "float32" or component.tokenizer:
-                continue
-            start = time.perf_counter()
-            pipeline.graphs.graph(component)
-            load_ms[name] = 1e3 * (time.perf_counter() - start)
-        grid = pipeline.grid(_PLAN_STEPS)  # no schedule of the bundle need fit this resolution
-        schedule = bake("euler", grid, range(_PLAN_STEPS))
-        loop = pipeline.session(schedule).loop
-        loop.run()  # the first run allocates
-        start = time.perf_counter()
-        loop.run()
-        pipeline.runtime.synchronize()
-        record = PlanRecord(
-            runtime=pipeline.runtime.name,
-            version=pipeline.runtime.version,
-            threads=threads,
-            load_ms=load_ms,
-            evaluation_ms=1e3 * (time.perf_counter() - start) / schedule.budget,
-        )
-    bundle.add_file(f"plans/{record.runtime}", encode_json(record))
-    return record
 
 
 def default_prompts(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.probe import Probe
 from meancache_trt.meancache.runtime import Graph
 from meancache_trt.meancache.schedule import Schedule
+from meancache_trt.plan import plan
 from meancache_trt.render import Pipeline, Rendering
 from meancache_trt.session import Session
 from meancache_trt.standins import DEMO_PROMPTS
@@ -90,7 +91,7 @@ def _build(directory: Path, threads: int, note: Note, report: Report) -> Bundle:
         checkpoint, directory / "calibration", recording, note=note, report=report
     )
     stages.bake_into(bundle, trajectories, BUDGETS)
-    stages.plan(bundle, backend="auto", threads=threads)
+    plan(bundle, backend="auto", threads=threads)
     return bundle
 
 

@@ -149,15 +149,32 @@ class Session:
         pictures = np.ascontiguousarray(np.moveaxis(decoder.run(), 1, -1))
         return Batch(latents, pictures, loop_ms)
 
+    def evaluate(
+        self,
+        node: int,
+        latents: NDArray[np.float32],
+        conditioning: Mapping[str, NDArray[np.float32]],
+        guidance_scale: float | None,
+    ) -> NDArray[np.float32]:
+        """The velocities of a batch at the timestep of a node, after guidance.
+
+        `latents` and the result are (batch, *resolution.latent_shape), float32; for the rest see
+        `run`. Raises `RenderError` where a shape does not fit.
+        """
+        self._write(None, conditioning, guidance_scale)
+        self._preparation.enqueue()  # position tables; its latent is replaced
+        self._graphs.runtime.synchronize()
+        return self.loop.evaluate(node, latents)
+
     def _write(
         self,
-        noise: NDArray[np.float32],
+        noise: NDArray[np.float32] | None,
         conditioning: Mapping[str, NDArray[np.float32]],
         guidance_scale: float | None,
     ) -> None:
         for name, tensor in self._inputs.items():
             match self._records[name].role:
-                case "noise":
+                case "noise" if noise is not None:
                     tensor.write(noise)
                 case "guidance_scale":
                     tensor.write(np.full(tensor.shape, guidance_scale, tensor.dtype))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from meancache_trt.calibration.trajectories import (
     Array,
@@ -32,15 +33,50 @@ class FieldSampler:
 
     def __call__(self, prompt: Prompt, on_step: OnStep) -> tuple[Array, Array]:
         self.calls.append(prompt)
-        rng = np.random.default_rng([prompt.seed, len(prompt.text)])
-        omega, phase = rng.uniform(1, 5, SHAPE), rng.uniform(0, 6, SHAPE)
-        sigmas = self.grid.array()
-        initial = latent = rng.standard_normal(SHAPE)
+        omega, phase, initial = drawn(prompt)
+        sigmas, latent = self.grid.array(), initial
         for step in range(self.grid.steps):
             velocity = np.sin(omega * sigmas[step] + phase) * latent
             on_step(step, velocity.astype(np.float32))
             latent = latent + (sigmas[step + 1] - sigmas[step]) * velocity
         return initial.astype(np.float32), latent.astype(np.float32)
+
+
+def drawn(prompt: Prompt) -> tuple[NDArray[np.float64], ...]:
+    """ω, φ and the noise of a prompt, each of `SHAPE`."""
+    rng = np.random.default_rng([prompt.seed, len(prompt.text)])
+    return rng.uniform(1, 5, SHAPE), rng.uniform(0, 6, SHAPE), rng.standard_normal(SHAPE)
+
+
+@dataclass
+class FormulaField:
+    """The velocity of `FieldSampler` anywhere, as a `VelocityField`; counts its evaluations."""
+
+    grid: SigmaGrid
+    batch: int = 2
+    evaluations: int = 0
+
+    def __call__(self, prompts: Sequence[Prompt], latents: Array, step: int) -> Array:
+        assert len(prompts) == len(latents) <= self.batch
+        self.evaluations += len(prompts)
+        sigma = self.grid.array()[step]
+        velocities = np.zeros_like(latents)
+        for velocity, prompt, latent in zip(velocities, prompts, latents, strict=True):
+            omega, phase, _ = drawn(prompt)
+            velocity[:] = np.sin(omega * sigma + phase).reshape(-1) * latent
+        return velocities
+
+
+@pytest.fixture
+def network(grid: SigmaGrid) -> FormulaField:
+    return FormulaField(grid)
+
+
+@pytest.fixture
+def samples(tmp_path: Path, settings: Settings, sampler: FieldSampler) -> Trajectories:
+    """Enough of them to hold some out."""
+    prompts = [Prompt("a ring", seed) for seed in range(6)]
+    return record(tmp_path / "samples", settings, sampler, prompts)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from meancache_trt.cli import options
 from meancache_trt.cli.output import note, print_json, show_schedule
 from meancache_trt.meancache.methods import METHODS
 from meancache_trt.meancache.presets import preset as load_preset
-from meancache_trt.meancache.schedule import Schedule, save_schedule
+from meancache_trt.meancache.schedule import FITTED, Schedule, save_schedule
 from meancache_trt.meancache.schedule import bake as bake_schedule
 from meancache_trt.meancache.sigmas import make_grid
 
@@ -29,7 +29,12 @@ from meancache_trt.meancache.sigmas import make_grid
     help="What `calibrate` wrote: nodes and spans are chosen from its trajectories.",
 )
 @click.option("--budget", type=int, help="Network evaluations an image, with --calibration.")
-@click.option("--method", type=click.Choice(list(METHODS)), help="How skipped steps are estimated.")
+@click.option(
+    "--method",
+    type=click.Choice([*METHODS, FITTED]),
+    help="How skipped steps are estimated. fitted: by weights fitted to --calibration, for which "
+    "the network of --bundle runs.",
+)
 @click.option("--nodes", type=options.NUMBERS, help="Evaluated steps: 0,1,3,7.")
 @click.option("--spans", type=options.NUMBERS, help="K of each edge between nodes: 1,2,1.")
 @options.steps
@@ -68,23 +73,26 @@ def bake(
     From nodes:         bake --method official --nodes 0,1,3,7 --spans 1,2,1 --steps 10 --shift 3
     A published one:    bake --preset Qwen/Qwen-Image:10
     From a calibration: bake --calibration DIR --budget 10 --bundle flux.mcb
+    Fitted to it:       bake --calibration DIR --budget 10 --bundle flux.mcb --method fitted
 
     A calibration of another resolution than the bundle's default has it in its schedules' names.
     """
     _refuse_what_does_not_apply(preset is not None, calibration is not None, nodes is not None)
+    opened = None if bundle is None else Bundle.open(bundle)
     if preset is not None:
         schedule = load_preset(preset, height=height, width=width)
     elif calibration is not None:
-        schedule = _from_calibration(calibration, budget, method)
+        schedule = _from_calibration(calibration, budget, method, opened)
     else:
         assert nodes is not None
+        if method == FITTED:
+            raise click.UsageError("fitted weights come from recordings; give --calibration")
         grid = make_grid(
             steps, shift=shift, mu=mu, shift_terminal=shift_terminal, height=height, width=width
         )
         schedule = bake_schedule(
             method or "euler", grid, nodes, spans, guidance_scale=guidance_scale
         )
-    opened = None if bundle is None else Bundle.open(bundle)
     if name is not None:
         schedule = msgspec.structs.replace(schedule, name=name)
     elif opened is not None:
@@ -119,11 +127,19 @@ def _refuse_what_does_not_apply(*is_given: bool) -> None:
             raise click.UsageError(f"--{name} does not apply to {source}; leave it out")
 
 
-def _from_calibration(directory: Path, budget: int | None, method: str | None) -> Schedule:
+def _from_calibration(
+    directory: Path, budget: int | None, method: str | None, bundle: Bundle | None
+) -> Schedule:
     if budget is None:
         raise click.UsageError("--calibration needs --budget")
     options = BakeOptions() if method is None else BakeOptions(method=method)
-    (schedule,) = bake_schedules(load_trajectories(directory), [budget], options)
+    if options.method == FITTED and bundle is None:
+        raise click.UsageError("--method fitted runs the network; give its --bundle")
+    trajectories = load_trajectories(directory)
+    if bundle is None:
+        (schedule,) = bake_schedules(trajectories, [budget], options)
+    else:
+        (schedule,) = stages.bake_for(bundle, trajectories, [budget], options)
     return schedule
 
 

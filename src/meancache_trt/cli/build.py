@@ -10,13 +10,19 @@ import click
 
 from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
-from meancache_trt.calibration.baking import bake_schedules
+from meancache_trt.calibration.baking import (
+    DEFAULT_METHOD,
+    STRATEGIES,
+    BakeOptions,
+    bake_schedules,
+)
 from meancache_trt.cli import options
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
 from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.meancache.schedule import save_schedule
+from meancache_trt.meancache.schedule import FITTED, save_schedule
+from meancache_trt.plan import plan as plan_bundle
 from meancache_trt.shapes import PictureSize, Range
 
 _samples = click.option(
@@ -84,6 +90,13 @@ _output = click.option(
 @options.steps
 @options.guidance_scale
 @_budgets
+@click.option(
+    "--method",
+    type=click.Choice([*STRATEGIES, FITTED]),
+    default=DEFAULT_METHOD,
+    show_default=True,
+    help="How skipped steps are estimated; fitted runs the network again while it bakes.",
+)
 @_samples
 @_prompts
 @_weights
@@ -106,6 +119,7 @@ def build(
     steps: int,
     guidance_scale: float | None,
     budgets: tuple[int, ...],
+    method: str,
     samples: int,
     file: Path | None,
     weights: Literal["link", "copy"],
@@ -160,8 +174,15 @@ def build(
         trajectories = stages.record_pipeline(
             checkpoint, work, recording, note=note, report=report, is_forced=force
         )
-    stages.bake_into(bundle, trajectories, recording.budgets)
-    stages.plan(bundle, backend=backend, threads=threads)
+    stages.bake_into(
+        bundle,
+        trajectories,
+        recording.budgets,
+        BakeOptions(method=method),
+        backend=backend,
+        threads=threads,
+    )
+    plan_bundle(bundle, backend=backend, threads=threads)
     report_schedules(bundle, as_json=as_json)
 
 
@@ -303,7 +324,7 @@ def calibrate(
 @options.as_json
 def plan(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
     """Prepare a bundle's graphs for a backend and measure one evaluation."""
-    record = stages.plan(Bundle.open(bundle), backend=backend, threads=threads)
+    record = plan_bundle(Bundle.open(bundle), backend=backend, threads=threads)
     if as_json:
         print_json(record)
         return

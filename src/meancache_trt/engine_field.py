@@ -1,0 +1,108 @@
+"""A bundle's engine as the velocity field that fitted schedules are calibrated with."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from meancache_trt.calibration.trajectories import Array, Prompt, Trajectories
+from meancache_trt.conditioning import Conditioning, paired
+from meancache_trt.errors import CalibrationError
+from meancache_trt.meancache.hashing import digest_of
+from meancache_trt.meancache.schedule import Evidence, Schedule, bake
+from meancache_trt.render import Pipeline
+from meancache_trt.session import Session
+
+
+class EngineField:
+    """The network of a bundle at one size and guidance scale; see `VelocityField`.
+
+    Args:
+        pipeline: must outlive the field.
+        trajectories: their settings are what the network is run with.
+        directory: where each distinct prompt's embedding is kept, read when it is needed.
+        batch: samples at a time; what one costs does not depend on the others.
+
+    Raises:
+        MeanCacheError: where the trajectories belong to another model, size, grid, guidance scale,
+            text length or precision than the bundle's.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, trajectories: Trajectories, directory: Path, *, batch: int = 1
+    ) -> None:
+        grid = trajectories.grid
+        self._pipeline, self._directory, self.batch = pipeline, directory, batch
+        self._resolution = pipeline.resolution(grid.height, grid.width, grid.frames)
+        _check_text(pipeline, trajectories)
+        schedule = pipeline.schedule(
+            _all_steps(trajectories), trajectories.settings.guidance_scale, self._resolution
+        )
+        self._guidance_scale = pipeline.guidance(schedule.guidance_scale)
+        self._session = Session(pipeline.graphs, schedule, self._resolution, batch=batch)
+
+    def __call__(self, prompts: Sequence[Prompt], latents: Array, step: int) -> Array:
+        """See `VelocityField`. A batch that is not full is filled up with its last sample."""
+        chosen = [*range(len(prompts)), *[len(prompts) - 1] * (self.batch - len(prompts))]
+        conditionings = [self._conditioning(prompts[index].text) for index in chosen]
+        shape = (self.batch, *self._resolution.latent_shape)
+        velocities = self._session.evaluate(
+            step, latents[chosen].reshape(shape), _joined(conditionings), self._guidance_scale
+        )
+        return velocities[: len(prompts)].reshape(len(prompts), -1)
+
+    def _conditioning(self, text: str) -> Conditioning:
+        """What the network is fed for a text, and for the empty one where guidance is classic."""
+        path = self._directory / f"{digest_of(text.encode())}.safetensors"
+        if not path.exists():
+            made = self._pipeline.encode([text])
+            if self._pipeline.bundle.export.guidance.is_classifier_free:
+                (made,) = paired(made, self._pipeline.encode([""]))
+            made.save(path)
+        return Conditioning.load(path)
+
+
+@contextlib.contextmanager
+def engine_field(
+    pipeline: Pipeline, trajectories: Trajectories, *, batch: int = 1
+) -> Iterator[EngineField]:
+    """An `EngineField` whose embeddings are gone at the end of the `with`."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield EngineField(pipeline, trajectories, Path(directory), batch=batch)
+
+
+def _joined(conditionings: Sequence[Conditioning]) -> dict[str, Array]:
+    """One batch: the prompts of all, then the negative prompts of all."""
+    tensors = {}
+    for name in conditionings[0].tensors:
+        stacked = np.stack([conditioning.tensors[name] for conditioning in conditionings], axis=1)
+        tensors[name] = stacked.reshape(-1, *stacked.shape[2:])
+    return tensors
+
+
+def _all_steps(trajectories: Trajectories) -> Schedule:
+    """Every step, tied to the settings, so that the bundle refuses what does not belong to it."""
+    settings = trajectories.settings
+    return bake(
+        "euler",
+        settings.grid,
+        range(settings.grid.steps),
+        family=settings.family,
+        model=settings.model,
+        guidance_scale=settings.guidance_scale,
+        precision=settings.precision,
+        calibration=Evidence(samples=len(trajectories), seconds=trajectories.seconds),
+    )
+
+
+def _check_text(pipeline: Pipeline, trajectories: Trajectories) -> None:
+    own, recorded = pipeline.bundle.export.text_tokens, trajectories.settings.text_tokens
+    if recorded not in (None, own):
+        raise CalibrationError(
+            f"the trajectories were recorded with {recorded} text tokens, this bundle takes {own}; "
+            f"record with --text-tokens {own}"
+        )
