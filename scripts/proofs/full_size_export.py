@@ -34,6 +34,7 @@ def main() -> None:
         print(json.dumps({name: models[name]}, indent=2), flush=True)
         record = {"limits": LIMITS, "models": models}
         target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(_table(models))
     over = [
         f"{name}: {key}"
         for name, model in models.items()
@@ -41,6 +42,30 @@ def main() -> None:
         if _reached(model["exports"], key) > limit
     ]
     sys.exit(f"over the limit: {', '.join(over)}" if over else 0)
+
+
+def _table(models: dict[str, Any]) -> str:
+    """The table of docs/families.md."""
+    rows = [["", *models], ["---"] * (len(models) + 1)]
+    facts = {
+        "checkpoint, GB": lambda model: f"{model['checkpoint_bytes'] / 1e9:.1f}",
+        "seconds, two sizes": lambda model: " / ".join(
+            f"{export['seconds']:.0f}" for export in model["exports"]
+        ),
+        "peak memory, GiB": lambda model: f"{_reached(model['exports'], 'peak_bytes') / 2**30:.1f}",
+        "new disk of both bundles, MB": lambda model: (
+            f"{_reached(model['exports'], 'new_bytes') / 1e6:.1f}"
+        ),
+        "weights shared": lambda model: f"{_shared(model['exports'][0]):.3%}",
+    }
+    rows += [[name, *map(fact, models.values())] for name, fact in facts.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _shared(export: dict[str, Any]) -> float:
+    """The least share of a graph's weight bytes that lie in the checkpoint."""
+    parts = export["components"].values()
+    return float(min(part["shared_bytes"] / part["weight_bytes"] for part in parts))
 
 
 def _reached(exports: list[dict[str, Any]], key: str) -> float:
