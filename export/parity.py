@@ -57,7 +57,8 @@ TOLERANCES = {
 }
 """Largest difference where values are of the order of one; of greater ones, times their root mean
 square. The prepare graph only moves numbers that diffusers computed; the others run float32
-kernels unlike torch's (measured on tiny weights: at most 1e-5)."""
+kernels unlike torch's.
+"""
 
 _BYTES_PER_PARAMETER = 6
 """What torch takes: float32, and the two bytes of a stored bfloat16 or float16 that it is made of.

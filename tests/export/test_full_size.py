@@ -32,8 +32,8 @@ def test_export_loads_and_copies_none_of_the_weights(tmp_path: Path) -> None:
         "bfloat16",
     )
     assert checkpoint_bytes > 3.5e9
-    # Libraries and graphs take some 1.1 GB, whatever the size of the weights.
-    assert found["peak_bytes"] < checkpoint_bytes / 2
+    # Libraries and graphs; a third of the weights in memory would be more.
+    assert found["peak_bytes"] < checkpoint_bytes / 3
     assert found["new_bytes"] < 20e6
     assert set(found["components"]) >= {"transformer", "transformer/bfloat16", "text_encoder_2"}
     for name, part in found["components"].items():
