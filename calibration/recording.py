@@ -199,7 +199,7 @@ class PipelineSampler:
 
     def _run(self, prompt: Prompt, sink: StepSink) -> None:
         scheduler = RecordingScheduler.around(self._pipeline.scheduler, sink)
-        with _scheduler_replaced(self._pipeline, scheduler):
+        with scheduler_replaced(self._pipeline, scheduler):
             self._pipeline(**self._call.arguments(prompt))
 
 
@@ -222,7 +222,8 @@ def load_pipeline(directory: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _scheduler_replaced(pipeline: Any, scheduler: RecordingScheduler) -> Iterator[None]:
+def scheduler_replaced(pipeline: Any, scheduler: FlowMatchEulerDiscreteScheduler) -> Iterator[None]:
+    """The pipeline with another scheduler; its own is put back at the end of the `with`."""
     original = pipeline.scheduler
     pipeline.scheduler = scheduler
     try:
@@ -241,13 +242,13 @@ class _Ends:
         self._on_step = on_step
 
     def begin(self, grid: SigmaGrid, latent: torch.Tensor) -> None:  # noqa: ARG002
-        self.initial = _as_array(latent)
+        self.initial = as_array(latent)
 
     def add(self, step: int, sigma: float, velocity: torch.Tensor) -> None:  # noqa: ARG002
-        self._on_step(step, _as_array(velocity))
+        self._on_step(step, as_array(velocity))
 
     def end(self, latent: torch.Tensor) -> None:
-        self.final = _as_array(latent)
+        self.final = as_array(latent)
 
 
 class _GridKnownError(Exception):
@@ -266,5 +267,6 @@ class _GridProbe:
     def end(self, latent: torch.Tensor) -> None: ...
 
 
-def _as_array(tensor: torch.Tensor) -> Array:
+def as_array(tensor: torch.Tensor) -> Array:
+    """A float32 copy in the memory of the host."""
     return np.array(tensor.detach().to("cpu", torch.float32).numpy(), order="C")

@@ -146,6 +146,11 @@ class Trajectories:
             velocities = stored.get_slice("velocities")[start:end]
         return np.asarray(velocities.reshape(end - start, -1))
 
+    def final(self, index: int) -> Array:
+        """The final latent (N,) of one sample, and no more."""
+        with self._opened(self.samples[index]) as stored:
+            return np.asarray(stored.get_tensor("final").reshape(-1))
+
     def _read(self, sample: Sample) -> Trajectory:
         with self._opened(sample) as stored:
             velocities = stored.get_tensor("velocities")

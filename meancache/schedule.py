@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.errors import InputError, ScheduleError
+from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.files import decode_json, read_bytes, write_json
 from meancache_trt.meancache.folding import Rows, check_nodes
 from meancache_trt.meancache.methods import METHODS, get_method
@@ -37,25 +38,6 @@ class ModelReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     name: str
     digest: str | None = None
-
-
-class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured when the schedule was made. None means that it was not measured.
-
-    `edge_costs` has one entry for each interval (B), measured as `cost` says; `path_cost` is the
-    sum of their powers `gamma`. `seconds` and `network_evaluations` include the recording.
-    `held_out_error` is how far a fitted table ends from recorded final latents, as a fraction of
-    these: the geometric mean over samples, each left out of the fit that moved it.
-    """
-
-    samples: int
-    seconds: float
-    network_evaluations: int | None = None
-    cost: str | None = None
-    gamma: float | None = None
-    edge_costs: tuple[float, ...] | None = None
-    path_cost: float | None = None
-    held_out_error: float | None = None
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

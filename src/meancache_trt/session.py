@@ -146,8 +146,7 @@ class Session:
         self._graphs.runtime.synchronize()
         loop_ms = 1e3 * (time.perf_counter() - start)
         latents = self.loop.result()
-        pictures = np.ascontiguousarray(np.moveaxis(decoder.run(), 1, -1))
-        return Batch(latents, pictures, loop_ms)
+        return Batch(latents, _channels_last(decoder.run()), loop_ms)
 
     def evaluate(
         self,
@@ -165,6 +164,13 @@ class Session:
         self._preparation.enqueue()  # position tables; its latent is replaced
         self._graphs.runtime.synchronize()
         return self.loop.evaluate(node, latents)
+
+    def decode(
+        self, latents: NDArray[np.float32], *, vae_tiling: bool = False
+    ) -> NDArray[np.float32]:
+        """Pictures of final latents (batch, *resolution.latent_shape), float32; see `run`."""
+        self.loop.final.write(latents)
+        return _channels_last(self._decoder(vae_tiling=vae_tiling).run())
 
     def _write(
         self,
@@ -222,6 +228,10 @@ class Session:
                 levels=levels(export.tiling, is_space_tiled=vae_tiling),
             )
         return self._decoders[vae_tiling]
+
+
+def _channels_last(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(np.moveaxis(images, 1, -1))
 
 
 def _named(conditioning: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
