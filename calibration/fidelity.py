@@ -79,6 +79,13 @@ class Judge:
         widths = interval_widths(self.trajectories.grid.array(), nodes)
         return self.follow(nodes, tuple((width,) for width in widths.tolist()))
 
+    def noise_floor(self) -> float:
+        """PSNR in dB of the first sample over all steps by the field, against its recording."""
+        recorded = self.trajectories
+        alone = Trajectories(recorded.directory, recorded.settings, recorded.samples[:1])
+        every_step = range(recorded.grid.steps)
+        return float(Judge(alone, self.field, self._references).euler(every_step).psnr[0])
+
     def _run(self, run: Callable[[OnEnd], FittedRows]) -> Outcome:
         closeness: list[Values] = []
 

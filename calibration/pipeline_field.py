@@ -29,6 +29,8 @@ Decode = Callable[[torch.Tensor], torch.Tensor]
 class SingleStepScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     """The stock scheduler's grid, of which one step is evaluated; the latent stays where it is."""
 
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
     velocity: torch.Tensor
     _only: int
 

@@ -149,8 +149,9 @@ class PipelineCall:
             "output_type": "latent",
             **self.options,
         }
-        if self.guidance_scale is not None:
-            arguments[self.guidance_argument] = self.guidance_scale
+        scale = self.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
+        if scale is not None:
+            arguments[self.guidance_argument] = scale
         if self.frames is not None:
             arguments["num_frames"] = self.frames
         return arguments
@@ -177,6 +178,7 @@ class PipelineSampler:
         model: ModelReference | None = None,
         precision: str = "float32",
         text_tokens: int | None = None,
+        guidance_range: tuple[float, float] | None = None,
     ) -> Settings:
         """The settings of recordings with this sampler.
 
@@ -191,6 +193,7 @@ class PipelineSampler:
         return Settings(
             grid=grid,
             guidance_scale=self._call.guidance_scale,
+            guidance_range=guidance_range,
             family=family,
             model=model,
             precision=precision,

@@ -40,4 +40,4 @@ def edge_stability(trajectories: Trajectories) -> Stability | None:
 def _rank_correlation(values: NDArray[np.float64], others: NDArray[np.float64]) -> float:
     """Spearman's ρ; costs are sums of floats, so that ties do not matter."""
     ranks = [array.argsort().argsort() for array in (values, others)]
-    return float(np.corrcoef(ranks)[0, 1])
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])

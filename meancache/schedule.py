@@ -45,7 +45,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     `weights[n][j]` multiplies the velocity evaluated j nodes before node n; a short row means
     zeros. `history` is the longest row. `spans` are set for methods that use them.
-    `guidance_scale`, `family` and `model` are None where the schedule is not tied to one.
+    `guidance_scale`, `family` and `model` are None where the schedule is not tied to one; a
+    schedule that was calibrated for a range of scales has a `guidance_range` instead.
     """
 
     schema: Version = VERSION
@@ -54,6 +55,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model: ModelReference | None = None
     grid: SigmaGrid
     guidance_scale: float | None = None
+    guidance_range: tuple[float, float] | None = None
     precision: str = "float32"
     method: str
     nodes: tuple[int, ...]
@@ -64,7 +66,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         check_nodes(self.nodes, self.grid.steps)
-        check_guidance_scale(self.guidance_scale)
+        for scale in (self.guidance_scale, *(self.guidance_range or ())):
+            check_guidance_scale(scale)
         _check_weights(self.weights, len(self.nodes), self.history)
         if self.is_analytic:
             self._check_fold()
@@ -111,12 +114,11 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ScheduleError: where a fitted table meets another grid, or the schedule belongs to
                 another guidance scale.
         """
-        if self.guidance_scale is not None and self.guidance_scale != guidance_scale:
-            raise ScheduleError(
-                f"schedule {self.name!r} was calibrated for guidance scale {self.guidance_scale}, "
-                f"found {guidance_scale}; render with {self.guidance_scale} or calibrate for "
-                f"{guidance_scale}"
-            )
+        self._check_guidance(guidance_scale)
+        return self.on_grid(grid)
+
+    def on_grid(self, grid: SigmaGrid) -> Schedule:
+        """As `fit_to`, for a host that cannot see the guidance scale."""
         self.check_grid(grid)
         if self.grid.difference(grid) is None:
             return self
@@ -129,8 +131,23 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             family=self.family,
             model=self.model,
             guidance_scale=self.guidance_scale,
+            guidance_range=self.guidance_range,
             precision=self.precision,
         )
+
+    def _check_guidance(self, scale: float | None) -> None:
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            if scale is None or not low <= scale <= high:
+                raise ScheduleError(
+                    f"schedule {self.name!r} was calibrated for guidance scales {low:g} to "
+                    f"{high:g}, found {scale}; render with one of them or calibrate for {scale}"
+                )
+        elif self.guidance_scale not in (None, scale):
+            raise ScheduleError(
+                f"schedule {self.name!r} was calibrated for guidance scale {self.guidance_scale}, "
+                f"found {scale}; render with {self.guidance_scale} or calibrate for {scale}"
+            )
 
     def check_grid(self, grid: SigmaGrid) -> None:
         """Raise `ScheduleError` where this is a fitted table of another grid than `grid`."""
@@ -164,6 +181,7 @@ def bake(
     family: str | None = None,
     model: ModelReference | None = None,
     guidance_scale: float | None = None,
+    guidance_range: tuple[float, float] | None = None,
     precision: str = "float32",
     calibration: Evidence | None = None,
 ) -> Schedule:
@@ -175,6 +193,7 @@ def bake(
         model=model,
         grid=grid,
         guidance_scale=guidance_scale,
+        guidance_range=guidance_range,
         precision=precision,
         method=method,
         nodes=tuple(nodes),

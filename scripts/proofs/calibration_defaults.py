@@ -20,6 +20,7 @@ from meancache_trt.calibration.metrics import PsnrSummary, compare
 from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.meancache.methods.threshold import fill_gaps
 from meancache_trt.meancache.schedule import Schedule, bake
+from meancache_trt.record import RecordOptions
 from meancache_trt.render import Conditioning, Pipeline
 
 BUDGETS = (25, 20, 15, 12, 10, 8, 6, 5)
@@ -44,7 +45,7 @@ def main() -> None:
     checkpoint = stages.find_model("standin/flux")
     size = stages.picture_size(checkpoint, None, None)
     with tempfile.TemporaryDirectory() as work:
-        recording = stages.RecordOptions(size=size, prompts=stages.default_prompts(checkpoint))
+        recording = RecordOptions(size=size, prompts=stages.default_prompts(checkpoint))
         trajectories = stages.record_pipeline(
             checkpoint, Path(work) / "calibration", recording, note=_note, report=lambda *_: None
         )

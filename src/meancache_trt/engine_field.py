@@ -14,8 +14,9 @@ from meancache_trt.calibration.trajectories import Array, Prompt, Trajectories
 from meancache_trt.calibration.velocity_field import batch_of
 from meancache_trt.conditioning import Conditioning, paired
 from meancache_trt.errors import CalibrationError
+from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.hashing import digest_of
-from meancache_trt.meancache.schedule import Evidence, Schedule, bake
+from meancache_trt.meancache.schedule import Schedule, bake
 from meancache_trt.render import Pipeline
 from meancache_trt.session import Session
 
@@ -48,18 +49,18 @@ class EngineField:
         size = math.prod(self._resolution.latent_shape)
         self.batch = batch or batch_of(size, len(trajectories))
         _check_text(pipeline, trajectories)
-        self._schedule = pipeline.schedule(
-            _all_steps(trajectories), trajectories.settings.guidance_scale, self._resolution
-        )
-        self._guidance_scale = pipeline.guidance(self._schedule.guidance_scale)
+        self._settings = settings = trajectories.settings
+        lowest = settings.guidance_range[0] if settings.guidance_range else settings.guidance_scale
+        self._schedule = pipeline.schedule(_all_steps(trajectories), lowest, self._resolution)
         self._sessions: dict[int, Session] = {}
 
     def __call__(self, prompts: Sequence[Prompt], latents: Array, step: int) -> Array:
         """See `VelocityField`. A batch that is not full is filled up with its last sample."""
         session, chosen = self._session(len(prompts))
-        conditionings = [self._conditioning(prompts[index].text) for index in chosen]
+        filled = [prompts[index] for index in chosen]
+        conditionings = [self._conditioning(prompt.text) for prompt in filled]
         velocities = session.evaluate(
-            step, self._shaped(latents[chosen]), _joined(conditionings), self._guidance_scale
+            step, self._shaped(latents[chosen]), _joined(conditionings), self._guidance(filled)
         )
         return velocities[: len(prompts)].reshape(len(prompts), -1)
 
@@ -76,6 +77,11 @@ class EngineField:
                 self._pipeline.graphs, self._schedule, self._resolution, batch=size
             )
         return self._sessions[size], [*range(count), *[count - 1] * (size - count)]
+
+    def _guidance(self, prompts: Sequence[Prompt]) -> Array | None:
+        """The scale of each prompt, or None where the model takes none."""
+        scales = [self._pipeline.guidance(self._settings.guidance_of(p)) for p in prompts]
+        return None if None in scales else np.array(scales, np.float32)
 
     def _shaped(self, latents: Array) -> Array:
         return latents.reshape(len(latents), *self._resolution.latent_shape)
@@ -119,6 +125,7 @@ def _all_steps(trajectories: Trajectories) -> Schedule:
         family=settings.family,
         model=settings.model,
         guidance_scale=settings.guidance_scale,
+        guidance_range=settings.guidance_range,
         precision=settings.precision,
         calibration=Evidence(samples=len(trajectories), seconds=trajectories.seconds),
     )

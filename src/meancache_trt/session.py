@@ -28,6 +28,7 @@ from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.tiling import levels
 
 WrapGraph = Callable[[Graph], Graph]
+Guidance = float | NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Session:
         self,
         noise: NDArray[np.float32],
         conditioning: Mapping[str, NDArray[np.float32]],
-        guidance_scale: float | None,
+        guidance_scale: Guidance,
         on_evaluation: OnEvaluation | None = None,
         *,
         vae_tiling: bool = False,
@@ -129,7 +130,7 @@ class Session:
             noise: unpacked, (batch, *resolution.noise_shape), float32.
             conditioning: by transformer input name, batch first; under classifier-free guidance
                 that of the prompts, then that of the negative prompts.
-            guidance_scale: None where the model takes none.
+            guidance_scale: of all pictures, or of each (batch,); None where the model takes none.
             on_evaluation: see `DenoisingLoop.run`.
             vae_tiling: decode in tiles in space too, where the picture is larger than one.
 
@@ -153,7 +154,7 @@ class Session:
         node: int,
         latents: NDArray[np.float32],
         conditioning: Mapping[str, NDArray[np.float32]],
-        guidance_scale: float | None,
+        guidance_scale: Guidance,
     ) -> NDArray[np.float32]:
         """The velocities of a batch at the timestep of a node, after guidance.
 
@@ -176,14 +177,15 @@ class Session:
         self,
         noise: NDArray[np.float32] | None,
         conditioning: Mapping[str, NDArray[np.float32]],
-        guidance_scale: float | None,
+        guidance_scale: Guidance,
     ) -> None:
         for name, tensor in self._inputs.items():
             match self._records[name].role:
                 case "noise" if noise is not None:
                     tensor.write(noise)
                 case "guidance_scale":
-                    tensor.write(np.full(tensor.shape, guidance_scale, tensor.dtype))
+                    scales = np.asarray(guidance_scale, tensor.dtype)
+                    tensor.write(np.ascontiguousarray(np.broadcast_to(scales, tensor.shape)))
                 case "conditioning" | "text_mask":
                     tensor.write(_named(conditioning, name))
 

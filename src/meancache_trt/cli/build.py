@@ -23,6 +23,7 @@ from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.meancache.schedule import save_schedule
 from meancache_trt.plan import plan as plan_bundle
+from meancache_trt.record import RecordOptions
 from meancache_trt.shapes import PictureSize, Range
 
 _samples = click.option(
@@ -146,7 +147,7 @@ def build(
     known = None if force else output
     first, *further = resolutions or (_one_size(checkpoint, known, height, width, frames),)
     prompts = _prompts_of(checkpoint, file)
-    recording = stages.RecordOptions(
+    recording = RecordOptions(
         size=(first.height, first.width),
         frames=first.frames,
         prompts=prompts,
@@ -285,7 +286,7 @@ def calibrate(
     hush_libraries()
     checkpoint = stages.find_model(model)
     (size,) = resolutions or (_one_size(checkpoint, None, height, width, frames),)
-    recording = stages.RecordOptions(
+    recording = RecordOptions(
         size=(size.height, size.width),
         frames=size.frames,
         prompts=_prompts_of(checkpoint, file),
