@@ -13,8 +13,8 @@ from meancache_trt.meancache.folding import Rows
 class Choice:
     """Nodes (and spans, or rows that were fitted), with what is known about them (see `Evidence`).
 
-    `outcome` is set where the choice ran the network; `evaluations` are those that it took, over
-    `candidates` tables.
+    `outcome` is set where the choice ran the network; `evaluations` are those that it took to
+    compare `candidates` tables.
     """
 
     nodes: tuple[int, ...]

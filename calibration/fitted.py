@@ -49,8 +49,8 @@ def fitted_choices(
 ) -> Choose:
     """How the nodes and rows of any budget are chosen.
 
-    A choice takes N·(B − 1) evaluations for each distinct path, of which there are at most as many
-    as `gammas`.
+    A choice takes N·(B − 1) evaluations for each distinct path; there are at most as many as
+    `gammas`, each a candidate.
 
     Raises:
         CalibrationError: by the choice, what `fit_rows` does.
@@ -79,7 +79,7 @@ def fitted_choices(
             cost=_describe(fit),
             gamma=candidates[best].gamma,
             outcome=outcomes[best],
-            candidates=len(outcomes),
+            candidates=len(gammas),
             evaluations=sum(outcome.evaluations for outcome in outcomes),
         )
 
