@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from meancache_trt.calibration.choice import Choose
 from meancache_trt.calibration.costs import Norm, Scaling
 from meancache_trt.calibration.refit import mean_gram, refit_spans
@@ -67,11 +70,16 @@ Spans = tuple[int, ...] | None
 
 
 def choose_spans(
-    trajectories: Trajectories, options: PlacementOptions
+    trajectories: Trajectories,
+    options: PlacementOptions,
+    gram: NDArray[np.float64] | None = None,
 ) -> Callable[[tuple[int, ...]], Spans]:
-    """How the spans of given nodes are chosen: by the errors of the rows; None without use."""
+    """How the spans of given nodes are chosen: by the errors of the rows; None without use.
+
+    `gram` is `mean_gram(trajectories)`, so that a caller who has it does not read them twice.
+    """
     if not get_method(options.method).uses_spans:
         return lambda _nodes: None
-    gram, sigmas = mean_gram(trajectories), trajectories.grid.array()
-    longest = min(options.max_span, trajectories.grid.steps)
-    return lambda nodes: refit_spans(options.method, gram, sigmas, nodes, longest)
+    known = mean_gram(trajectories) if gram is None else gram
+    sigmas, longest = trajectories.grid.array(), min(options.max_span, trajectories.grid.steps)
+    return lambda nodes: refit_spans(options.method, known, sigmas, nodes, longest)

@@ -58,7 +58,8 @@ def _refitted(trajectories: Trajectories, options: PlacementOptions) -> Choose:
     own = cost_rule(options, options.method, steps)
     rules = {rule.method: rule for rule in (own, cost_rule(options, REUSE, steps))}
     graphs = [measure_costs(trajectories, sigmas, rule).mean for rule in rules.values()]
-    gram, best_spans = mean_gram(trajectories), choose_spans(trajectories, options)
+    gram = mean_gram(trajectories)
+    best_spans = choose_spans(trajectories, options, gram)
 
     def refit(nodes: tuple[int, ...]) -> Choice:
         spans = best_spans(nodes)
