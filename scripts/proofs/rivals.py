@@ -33,7 +33,7 @@ from scripts.rivals.measure import FINE_STEPS, Blocks, blocks, measure, referenc
 from scripts.rivals.rival import Rival
 from scripts.rivals.rows import Row, psnr_of, rows_of, summary
 from scripts.rivals.subject import STEPS, load_subject
-from scripts.rivals.table import closest_table, rows_table
+from scripts.rivals.table import closest_table, remarks, rows_table
 
 from meancache_trt import build as stages
 from meancache_trt import standins
@@ -125,6 +125,8 @@ def _report(proof: dict[str, Any], *, is_markdown: bool) -> str:
             closest_table(rows, largest=largest, is_markdown=is_markdown),
             "All settings:",
             rows_table(rows, is_markdown=is_markdown),
+            "In no table:",
+            "\n".join(f"- {line}" for line in remarks(rows, largest=largest)) or "- nothing",
         ]
     )
 
@@ -144,7 +146,7 @@ def _what_it_says(proof: dict[str, Any], kinds: list[Blocks]) -> str:
             f"The network has {counts}. The first takes {first:.1%} of an",
             "evaluation. FirstBlockCache and DBCache run it at every step, so that with 5 full",
             f"evaluations their work is at least {floor:.1f}. Networks with dozens of blocks leave",
-            "them more to skip.",
+            "them more to skip. In HunyuanVideo, DBCache runs the first block of either list.",
         ]
     )
 

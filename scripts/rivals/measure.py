@@ -109,7 +109,7 @@ def blocks(subject: Subject) -> list[Blocks]:
 
 def _share(subject: Subject, block: torch.nn.Module) -> float:
     with probing(block, is_counting=True) as probe:
-        whole = subject.run(subject.prompts[0], steps=1)
+        whole = subject.run(subject.prompts[0], steps=2)
     return probe.flops / whole.flops
 
 

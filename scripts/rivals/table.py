@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from scripts.rivals.rows import Row
 
@@ -24,10 +24,11 @@ NUMBERS = 2
 
 
 def rows_table(rows: Sequence[Row], *, is_markdown: bool) -> str:
-    """Every row, in the order of their methods, each method's by work."""
+    """Every row that ran, in the order of their methods, each method's by work."""
     order = list(dict.fromkeys(row.method for row in rows))
-    ordered = sorted(rows, key=lambda row: (order.index(row.method), row.evaluations or 0.0))
-    return layout([HEAD, *map(_cells, _without_repeated_errors(ordered))], is_markdown=is_markdown)
+    ran = [row for row in rows if row.error is None]
+    ran.sort(key=lambda row: (order.index(row.method), row.evaluations or 0.0))
+    return layout([HEAD, *map(_cells, ran)], is_markdown=is_markdown)
 
 
 def closest_table(rows: Sequence[Row], *, largest: int, is_markdown: bool) -> str:
@@ -36,15 +37,34 @@ def closest_table(rows: Sequence[Row], *, largest: int, is_markdown: bool) -> st
     Settings of more work than `largest` evaluations, the most that `fitted` has, are left out:
     their neighbour did less.
     """
-    closest: dict[str, Row] = {}
+    closest: dict[str, tuple[float, Row]] = {}
     for row in rows:
         met = row.against_fitted
-        if met is None or row.evaluations is None or row.evaluations >= largest + 1:
+        if met is None or not is_within(row, largest):
             continue
-        other = closest.get(row.method)
-        if other is None or other.against_fitted.ahead_db > met.ahead_db:  # type: ignore[union-attr]
-            closest[row.method] = row
-    return layout([HEAD, *map(_cells, closest.values())], is_markdown=is_markdown)
+        if row.method not in closest or met.ahead_db < closest[row.method][0]:
+            closest[row.method] = met.ahead_db, row
+    return layout([HEAD, *(_cells(row) for _, row in closest.values())], is_markdown=is_markdown)
+
+
+def is_within(row: Row, largest: int) -> bool:
+    """Whether the row ran and `largest` evaluations are what its work comes to, or more."""
+    return row.evaluations is not None and row.evaluations < largest + 1
+
+
+def remarks(rows: Sequence[Row], *, largest: int) -> list[str]:
+    """What is in no table: methods that all their settings keep above `largest`, and errors."""
+    within = {row.method for row in rows if is_within(row, largest)}
+    least: dict[str, float] = {}
+    for row in rows:
+        if row.evaluations is not None and row.method not in within:
+            least[row.method] = min(row.evaluations, least.get(row.method, row.evaluations))
+    errors = dict.fromkeys((row.method, row.error) for row in rows if row.error is not None)
+    settings = {key: [r.setting for r in rows if (r.method, r.error) == key] for key in errors}
+    return [
+        *(f"{method}: {work:.1f} evaluations or more." for method, work in least.items()),
+        *(f"{method}, {'; '.join(settings[method, error])}: {error}" for method, error in errors),
+    ]
 
 
 def layout(cells: Sequence[Sequence[str]], *, is_markdown: bool) -> str:
@@ -62,20 +82,9 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([*texts, *numbers]).rstrip()
 
 
-def _without_repeated_errors(rows: Iterable[Row]) -> list[Row]:
-    """One row for all settings of a method that fail alike."""
-    kept: list[Row] = []
-    for row in rows:
-        last = kept[-1] if kept else None
-        if row.error and last and (last.method, last.error) == (row.method, row.error):
-            continue
-        kept.append(row)
-    return kept
-
-
 def _cells(row: Row) -> tuple[str, ...]:
-    if row.error is not None or row.psnr_db is None or row.evaluations is None:
-        return (row.method, f"{row.setting}: {row.error}", *["–"] * (len(HEAD) - NUMBERS))
+    assert row.evaluations is not None
+    assert row.psnr_db is not None
     met = row.against_fitted
     return (
         row.method,

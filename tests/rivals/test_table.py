@@ -16,7 +16,7 @@ from scripts.rivals.rival import Rival
 from scripts.rivals.rows import Against, Row, against, rows_of
 from scripts.rivals.solvers import flow_solver
 from scripts.rivals.subject import STEPS, Subject
-from scripts.rivals.table import closest_table, rows_table
+from scripts.rivals.table import closest_table, remarks, rows_table
 
 from meancache_trt.calibration.metrics import PsnrSummary
 from meancache_trt.meancache.schedule import FITTED
@@ -125,15 +125,22 @@ def test_multistep_solvers_run_on_the_stock_grid(flux: Subject, solver: type) ->
     np.testing.assert_allclose(scheduler.sigmas.numpy(), wanted, atol=2e-3)
 
 
-def test_equal_errors_of_a_method_are_one_line() -> None:
+def test_what_is_in_no_table_is_said_once() -> None:
     rows = [
         Row(method="a", setting="1", error="ValueError: no"),
         Row(method="a", setting="2", error="ValueError: no"),
         Row(method="b", setting="1", error="ValueError: no"),
+        row("c", 40, 1),
+        row("c", 31, 1),
+        row("d", 9, 1),
+        row("d", 31, 1),
     ]
-    lines = rows_table(rows, is_markdown=False).splitlines()
-    assert [line.split()[0] for line in lines] == ["method", "a", "b"]
-    assert "ValueError: no" in lines[1]
+    assert remarks(rows, largest=25) == [
+        "c: 31.0 evaluations or more.",
+        "a, 1; 2: ValueError: no",
+        "b, 1: ValueError: no",
+    ]
+    assert "no" not in rows_table(rows, is_markdown=False).replace("nothing", "")
 
 
 def test_rows_stand_by_work_and_say_when_nothing_was_skipped() -> None:
