@@ -9,11 +9,14 @@ evaluations of the whole network. Beside each stands `fitted` with at most the s
     scripts/prove rivals                      # standin/flux
     scripts/prove rivals standin/qwen_image --prompts 8
     scripts/prove rivals --recorded --markdown
+
+cache-dit is in the `rivals` extra (pip install -e '.[rivals]'); without it its rows say so.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -85,7 +88,7 @@ def _prove(name: str, prompts: int) -> dict[str, Any]:
         "prompts": len(subject.prompts),
         "steps": STEPS,
         "guidance_scale": subject.call.guidance_scale,
-        "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "packages": _versions(),
         "flops_per_evaluation": stock.runs[0].flops / STEPS,
         "transformer_calls_per_step": stock.runs[0].calls / STEPS,
         "blocks": [msgspec.to_builtins(of_kind) for of_kind in blocks(subject)],
@@ -94,6 +97,14 @@ def _prove(name: str, prompts: int) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started),
         "rows": [_sparse(row) for row in rows],
     }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _rivals(trajectories: Trajectories, baked: dict[str, list[Schedule]]) -> Iterator[Rival]:
