@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -35,6 +35,9 @@ from meancache_trt.meancache.schedule import (
 from meancache_trt.render import Pipeline
 from meancache_trt.selection import calibrated_size, grid_size
 from meancache_trt.shapes import ONE, PictureSize, Range
+
+if TYPE_CHECKING:
+    from meancache_trt.calibration.recording import PipelineCall
 
 STANDIN = "standin/"
 """`standin/flux` as a model means the small trained one that comes with the package."""
@@ -241,24 +244,13 @@ def record_pipeline(
     is not finite.
     """
     from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)
-        PipelineCall,
         PipelineSampler,
         load_pipeline,
     )
 
-    family = detect(checkpoint.path)
-    configs = checkpoint.configs(("transformer", "vae", "scheduler", *family.text_components))
-    scale = options.guidance_scale
+    family, configs = _family(checkpoint)
     text_tokens = options.text_tokens or family.default_text_tokens(configs)
-    call = PipelineCall(
-        steps=options.steps,
-        height=options.size[0],
-        width=options.size[1],
-        frames=default_frames(family, configs) if options.frames is None else options.frames,
-        guidance_scale=family.guidance(configs).default_scale if scale is None else scale,
-        guidance_argument=family.guidance_argument,
-        options=_call_options(family, configs, text_tokens),
-    )
+    call = pipeline_call(checkpoint, options)
     prompts = [
         Prompt(options.prompts[index % len(options.prompts)], seed=index)
         for index in range(options.samples)
@@ -275,6 +267,30 @@ def record_pipeline(
         text_tokens=text_tokens,
     )
     return record(directory, settings, sampler, prompts, report)
+
+
+def pipeline_call(checkpoint: Checkpoint, options: RecordOptions) -> PipelineCall:
+    """How the checkpoint's diffusers pipeline is called; needs torch and diffusers."""
+    from meancache_trt.calibration.recording import PipelineCall  # noqa: PLC0415  (imports torch)
+
+    family, configs = _family(checkpoint)
+    scale = options.guidance_scale
+    text_tokens = options.text_tokens or family.default_text_tokens(configs)
+    return PipelineCall(
+        steps=options.steps,
+        height=options.size[0],
+        width=options.size[1],
+        frames=default_frames(family, configs) if options.frames is None else options.frames,
+        guidance_scale=family.guidance(configs).default_scale if scale is None else scale,
+        guidance_argument=family.guidance_argument,
+        options=_call_options(family, configs, text_tokens),
+    )
+
+
+def _family(checkpoint: Checkpoint) -> tuple[Family, Configs]:
+    family = detect(checkpoint.path)
+    parts = ("transformer", "vae", "scheduler", *family.text_components)
+    return family, checkpoint.configs(parts)
 
 
 def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[str, str | int]:
@@ -358,7 +374,12 @@ def named_in(bundle: Bundle, schedule: Schedule, name: str | None = None) -> Sch
 def calibration_directory(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) -> Path:
     """Where `build` records the first of the sizes, beside the bundle; each has a place."""
     first, *_ = resolutions_of(checkpoint, options.sizes, bundle.export.text_tokens)
-    suffix = _suffix(bundle, first.size)
+    return recordings_beside(bundle, first.size)
+
+
+def recordings_beside(bundle: Bundle, size: PictureSize) -> Path:
+    """Where `build` records what a bundle is calibrated with at one of its sizes."""
+    suffix = _suffix(bundle, size)
     return bundle.directory.with_name(f"{bundle.directory.name}.calibration{suffix}")
 
 
