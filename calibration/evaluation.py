@@ -120,9 +120,9 @@ class Fidelity(_Record, frozen=True, kw_only=True):
 class Row(_Record, frozen=True, kw_only=True):
     """One method at one budget: its schedule, its time and its fidelity.
 
-    `ms_per_evaluation` is the median over batches of the denoising loop's time, divided by
-    pictures and evaluations. `own` is against the model's T steps, `fine` against the fine
-    reference.
+    `ms_per_evaluation` is the denoising loop's time divided by pictures and evaluations, of the
+    fastest batch: what else runs on a machine only adds to it. `own` is against the model's T
+    steps, `fine` against the fine reference.
     """
 
     method: str
