@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from meancache_trt.build import find_model
-from meancache_trt.bundle import Bundle
+from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.calibration.evaluation import (
     FILE,
     Evaluation,
@@ -175,6 +176,7 @@ def evaluate(
 
     if pictures and output is None:
         raise click.UsageError("--pictures are kept in --output; give one")
+    _refuse_what_does_not_apply(subject)
     hush_libraries()
     request = Request(
         schedules=schedules,
@@ -209,15 +211,17 @@ def _run(
 ) -> Evaluation:
     # The extra's packages are needed from here on, and not for `--help`.
     from meancache_trt.evaluate.pictures import PictureStore  # noqa: PLC0415
+    from meancache_trt.evaluate.report import require_report  # noqa: PLC0415
     from meancache_trt.evaluate.request import (  # noqa: PLC0415
         evaluate_bundle,
         evaluate_pipeline,
-        is_bundle,
     )
 
+    if is_kept:
+        require_report()
     store = PictureStore(directory, keeps_whole=whole) if is_kept else None
     with progress("evaluate") as report:
-        if is_bundle(Path(subject)):
+        if (Path(subject) / MANIFEST).is_file():
             bundle = Bundle.open(subject)
             return evaluate_bundle(
                 bundle, request, directory, pictures=store, note=note, report=report
@@ -226,6 +230,26 @@ def _run(
         return evaluate_pipeline(
             checkpoint, request, directory, pictures=store, note=note, report=report
         )
+
+
+_OF_PIPELINES = {"steps", "calibration_samples"}
+_OF_BUNDLES = {"noise", "batch", "backend", "embedding_cache", "text_precision"}
+
+
+def _refuse_what_does_not_apply(subject: str) -> None:
+    if (Path(subject) / MANIFEST).is_file():
+        _refuse(_OF_PIPELINES, "a bundle, whose schedules and recordings say so")
+    else:
+        _refuse(_OF_BUNDLES, "a diffusers pipeline; build a bundle of it")
+
+
+def _refuse(names: set[str], subject: str) -> None:
+    """Raise a usage error for an option of these that was given."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[-1]} does not apply to {subject}")
 
 
 @contextlib.contextmanager
@@ -256,12 +280,8 @@ def _reopen(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    context = click.get_current_context()
-    for name, value in context.params.items():
-        is_given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if is_given and name not in {"subject", "against", "output", "as_json"} and value:
-            option = name.replace("_", "-").replace("file", "prompts")
-            raise click.UsageError(f"--{option} does not apply to a finished evaluation")
+    applies = {"subject", "against", "output", "as_json"}
+    _refuse({*click.get_current_context().params} - applies, "a finished evaluation")
     if against is not None:
         rows = compared(evaluation.rows, against)
         evaluation = msgspec.structs.replace(evaluation, rows=rows, against=against)

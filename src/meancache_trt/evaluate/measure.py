@@ -32,6 +32,7 @@ from meancache_trt.calibration.evaluation import (
     row_key,
     schedule_facts,
 )
+from meancache_trt.calibration.metrics import require_ssim
 from meancache_trt.calibration.trajectories import Prompt, Trajectories
 from meancache_trt.errors import InputError, MeanCacheError
 from meancache_trt.evaluate.competitors import Competitor, ScheduleStore
@@ -92,6 +93,7 @@ def measure(
     Raises:
         MeanCacheError: what rendering, baking and the metrics raise; nothing finished is lost.
     """
+    require_ssim()
     if plan.against is not None:
         _check_against(plan.against, competitors)
     table = _Table(renderer, plan, directory, pictures, _Counter(competitors, plan, report))

@@ -124,6 +124,11 @@ def render_report(evaluation: Evaluation, directory: Path) -> str:
     return template.render(**_context(evaluation, PictureStore(directory)))
 
 
+def require_report() -> None:
+    """Raise `RuntimeUnavailableError` where the report lacks a package: before the work."""
+    _environment()
+
+
 def _environment() -> Environment:
     try:
         import matplotlib  # noqa: PLC0415, F401  an extra, like the next
@@ -260,13 +265,11 @@ def _difference(row: Row | None) -> tuple[str, str] | None:
     found = row.own.psnr.difference if row and row.own else None
     if found is None:
         return None
-    error = found.standard_error
+    mean, error = f"{found.mean:+.2f}".replace("-", "−"), found.standard_error
     if error is None:
-        return f"{found.mean:+.2f}", ""
-    is_clear = abs(found.mean) > 2 * error
-    return f"{found.mean:+.2f} ± {error:.2f}", ("below", "above")[
-        found.mean > 0
-    ] if is_clear else ""
+        return mean, ""
+    side = "above" if found.mean > 0 else "below"
+    return f"{mean} ± {error:.2f}", side if abs(found.mean) > 2 * error else ""
 
 
 def _own_against_fine(evaluation: Evaluation) -> Metric | None:
@@ -302,7 +305,7 @@ def _columns(evaluation: Evaluation, chosen: Sequence[int], best: str) -> Iterat
         is_named = place < _WITH_ERROR
         yield headings[place] if is_named else "", evaluation.prompts[index].text
         if is_named:
-            yield f"its error × {GAIN}", ""
+            yield f"its error ×\N{NO-BREAK SPACE}{GAIN}", ""
 
 
 def _shots(

@@ -19,7 +19,7 @@ from meancache_trt.build import (
     record_pipeline,
     recordings_beside,
 )
-from meancache_trt.bundle import MANIFEST, Bundle
+from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.evaluation import Evaluation, edge_cost_map
 from meancache_trt.calibration.trajectories import (
     MANIFEST as RECORDINGS,
@@ -103,11 +103,6 @@ class Request:
     def is_baked(self) -> bool:
         """Whether methods are named."""
         return bool(self.methods or self.budgets)
-
-
-def is_bundle(path: Path) -> bool:
-    """Whether a directory holds a bundle's manifest."""
-    return (path / MANIFEST).is_file()
 
 
 def evaluate_bundle(
