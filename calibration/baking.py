@@ -1,33 +1,26 @@
 """From recorded trajectories to schedules: choose nodes for a budget and bake the method's weights.
 
-A method's strategy measures what it needs once, whatever the number of budgets, and then gives a
-choice of nodes for each.
+How a method's nodes are placed is its own data (`Method.placement`) or an option; the ways are in
+`calibration.placements`. Fitted schedules choose nodes and weights together, by `fitted`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from meancache_trt.calibration.choice import Choice, Choose
-from meancache_trt.calibration.costs import (
-    CostRule,
-    Norm,
-    Scaling,
-    measure_costs,
-    velocity_change,
-)
+from meancache_trt.calibration.choice import Choose
+from meancache_trt.calibration.costs import Norm, Scaling
 from meancache_trt.calibration.fitted import DEFAULT_GAMMAS, fitted_choices
-from meancache_trt.calibration.path import shortest_path
-from meancache_trt.calibration.refit import interval_errors, mean_gram, refit_spans
+from meancache_trt.calibration.placements import Placement, get_placement
 from meancache_trt.calibration.sequential_fit import FitOptions
 from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.calibration.velocity_field import VelocityField
 from meancache_trt.errors import CalibrationError
-from meancache_trt.meancache.methods import get_method
-from meancache_trt.meancache.methods.threshold import select_nodes
+from meancache_trt.meancache.methods import METHODS, get_method
 from meancache_trt.meancache.schedule import FITTED, Evidence, Schedule, bake
+from meancache_trt.meancache.sigmas import SigmaGrid
 
 # Chosen on the FLUX stand-in by `scripts/prove calibration-defaults`, whose record is
 # docs/proof/calibration-defaults.json: mean PSNR over eight budgets from 25 to 5 of 50 steps.
@@ -51,7 +44,8 @@ class BakeOptions:
 
     `scaling`, `norm`, `gamma` and `max_span` act on methods with edge costs. `is_refitted` off
     takes nodes and spans from the edge costs alone, as the paper does. `gammas` and `fit` act on
-    "fitted", which tries all of `gammas`.
+    "fitted", which tries all of `gammas`. `placement` is one of `PLACEMENTS`; by default the
+    method's own.
     """
 
     method: str = DEFAULT_METHOD
@@ -62,9 +56,12 @@ class BakeOptions:
     is_refitted: bool = True
     gammas: tuple[float, ...] = DEFAULT_GAMMAS
     fit: FitOptions = field(default_factory=FitOptions)
+    placement: str | None = None
 
 
-Strategy = Callable[[Trajectories, BakeOptions], Choose]
+def bakeable_methods() -> tuple[str, ...]:
+    """Every method that `bake_schedules` takes, which is every one there is; "fitted" is last."""
+    return (*METHODS, FITTED)
 
 
 def bake_schedules(
@@ -73,31 +70,45 @@ def bake_schedules(
     options: BakeOptions | None = None,
     network: VelocityField | None = None,
 ) -> tuple[Schedule, ...]:
-    """Bake one schedule for each budget, named as "official-b10".
+    """Bake one schedule for each budget, named as "official-b10", or as "ab2-path-b10" where the
+    placement is not the method's own.
 
     Each carries the trajectories' settings, so that it is refused elsewhere, and its evidence.
     `network` is what was recorded; only "fitted" runs it, and has to have it.
 
     Raises:
-        CalibrationError: for a method that does not choose nodes from trajectories, a budget
+        CalibrationError: for an unknown placement, or one that the grid does not allow, a budget
             outside 1 to T, trajectories that are not fit for use, or a network that is missing or
             another one.
+        ScheduleError: for an unknown method.
     """
     options = options or BakeOptions()
     check_budgets(budgets, trajectories.grid.steps)
+    placement = _placement(options, network)
     started = time.perf_counter()
-    choose = _chooser(trajectories, options, network)
+    choose = placement.place(trajectories, options)
     measured_s = time.perf_counter() - started
-    return tuple(_bake(trajectories, options, choose, budget, measured_s) for budget in budgets)
+    baked = []
+    for budget in budgets:
+        grid = placement.grid_of(trajectories.grid, budget)
+        baked.append(_bake(trajectories, options, grid, choose, budget, measured_s=measured_s))
+    return tuple(baked)
 
 
 def _bake(
-    trajectories: Trajectories, options: BakeOptions, choose: Choose, budget: int, measured_s: float
+    trajectories: Trajectories,
+    options: BakeOptions,
+    grid: SigmaGrid,
+    choose: Choose,
+    budget: int,
+    *,
+    measured_s: float,
 ) -> Schedule:
     started = time.perf_counter()
     choice = choose(budget)
     solved_s = time.perf_counter() - started
     settings = trajectories.settings
+    name = f"{_label(options)}-b{budget}"
     evidence = Evidence(
         samples=len(trajectories),
         seconds=trajectories.seconds + measured_s + solved_s,
@@ -110,10 +121,10 @@ def _bake(
     )
     if choice.rows is not None:
         return Schedule(
-            name=f"{options.method}-b{budget}",
+            name=name,
             family=settings.family,
             model=settings.model,
-            grid=trajectories.grid,
+            grid=grid,
             guidance_scale=settings.guidance_scale,
             precision=settings.precision,
             method=options.method,
@@ -124,9 +135,10 @@ def _bake(
         )
     return bake(
         options.method,
-        trajectories.grid,
+        grid,
         choice.nodes,
         choice.spans,
+        name=name,
         family=settings.family,
         model=settings.model,
         guidance_scale=settings.guidance_scale,
@@ -135,95 +147,33 @@ def _bake(
     )
 
 
-def _shortest_path(trajectories: Trajectories, options: BakeOptions) -> Choose:
-    """The path over the method's edge costs, its spans as they stand."""
-    rule = _rule(options, options.method, trajectories.grid.steps)
-    costs = measure_costs(trajectories, trajectories.grid.array(), rule)
-
-    def choose(budget: int) -> Choice:
-        path = shortest_path(costs.mean, budget, options.gamma)
-        spans = path.spans if get_method(options.method).uses_spans else None
-        return Choice(
-            nodes=path.nodes,
-            spans=spans,
-            edge_costs=costs.along(path.nodes, spans),
-            path_cost=path.cost,
-            cost=rule.describe(),
-            gamma=options.gamma,
-        )
-
-    return choose
+def _label(options: BakeOptions) -> str:
+    """The method, with the placement where that is not its own."""
+    is_own = options.method == FITTED or options.placement in (
+        None,
+        get_method(options.method).placement,
+    )
+    return options.method if is_own else f"{options.method}-{options.placement}"
 
 
-def _refitted_path(trajectories: Trajectories, options: BakeOptions) -> Choose:
-    """The better of the method's path and Euler's, each with spans refitted on its own history."""
-    if not options.is_refitted:
-        return _shortest_path(trajectories, options)
-    steps, sigmas = trajectories.grid.steps, trajectories.grid.array()
-    rules = [_rule(options, method, steps) for method in (options.method, "euler")]
-    graphs = [measure_costs(trajectories, sigmas, rule).mean for rule in rules]
-    gram = mean_gram(trajectories)
-
-    def refit(nodes: tuple[int, ...]) -> Choice:
-        spans = refit_spans(options.method, gram, sigmas, nodes, rules[0].max_span)
-        rows = get_method(options.method).fold(sigmas, nodes, spans)
-        errors = interval_errors(gram, sigmas, nodes, rows)
-        return Choice(
-            nodes=nodes,
-            spans=spans,
-            edge_costs=tuple(errors.tolist()),
-            path_cost=float((errors**options.gamma).sum()),
-            cost=f"{rules[0].describe()}, refitted on the rows' own errors",
-            gamma=options.gamma,
-        )
-
-    def choose(budget: int) -> Choice:
-        paths = [shortest_path(graph, budget, options.gamma) for graph in graphs]
-        choices = [refit(path.nodes) for path in paths]
-        return min(choices, key=lambda choice: choice.path_cost or 0.0)
-
-    return choose
-
-
-def _rule(options: BakeOptions, method: str, steps: int) -> CostRule:
-    max_span = options.max_span if get_method(method).uses_spans else 1
-    return CostRule(method, options.scaling, options.norm, min(max_span, steps))
-
-
-def _accumulated_change(trajectories: Trajectories, _options: BakeOptions) -> Choose:
-    change = velocity_change(trajectories)
-    return lambda budget: Choice(nodes=select_nodes(change, budget))
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "official": _refitted_path,
-    "paper": _refitted_path,
-    "euler": _shortest_path,
-    "threshold": _accumulated_change,
-}
-"""Method -> how its nodes are chosen."""
-
-
-def _chooser(
-    trajectories: Trajectories, options: BakeOptions, network: VelocityField | None
-) -> Choose:
-    if options.method == FITTED:
-        if network is None:
-            raise CalibrationError(
-                "fitted schedules run the network along their own trajectories, found none; give "
-                "the bundle of the model that was recorded"
-            )
-        return fitted_choices(trajectories, network, options.gammas, options.fit)
-    return _strategy(options.method)(trajectories, options)
-
-
-def _strategy(method: str) -> Strategy:
-    if method not in STRATEGIES:
+def _placement(options: BakeOptions, network: VelocityField | None) -> Placement:
+    if options.method != FITTED:
+        return get_placement(options.placement or get_method(options.method).placement)
+    if options.placement is not None:
         raise CalibrationError(
-            f"method {method!r} does not choose its nodes from trajectories; expected one of "
-            f"{', '.join([*STRATEGIES, FITTED])}, or bake it with explicit nodes"
+            f"fitted schedules choose their own nodes, found placement {options.placement!r}; "
+            "leave it out"
         )
-    return STRATEGIES[method]
+    if network is None:
+        raise CalibrationError(
+            "fitted schedules run the network along their own trajectories, found none; give "
+            "the bundle of the model that was recorded"
+        )
+
+    def place(trajectories: Trajectories, _options: object) -> Choose:
+        return fitted_choices(trajectories, network, options.gammas, options.fit)
+
+    return Placement(FITTED, "the shortest path over pairs of fitted edges", place)
 
 
 def check_budgets(budgets: Sequence[int], steps: int) -> None:

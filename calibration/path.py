@@ -2,7 +2,8 @@
 
 Steps 0 … T are vertices (T is the end of the grid), and from each step to each later one runs an
 edge for every span K. The path minimises Σ cost^γ; γ > 1 suppresses single bad edges (MeanCache,
-arXiv 2601.19961).
+arXiv 2601.19961). As γ grows without end this becomes the path whose worst edge is best, which is
+found directly.
 """
 
 from __future__ import annotations
@@ -58,6 +59,27 @@ def shortest_path(
     nodes = _walk_back(parents, count)
     taken = itertools.pairwise(nodes)
     return Path(nodes, tuple(int(spans[t, s]) for t, s in taken), float(totals[count, steps]))
+
+
+def minimax_path(costs: NDArray[np.float64], budget: int) -> Path:
+    """Find the path of exactly `budget` nodes whose costliest edge is the least.
+
+    Among those it is the one of the least sum, which is its `cost`. Arguments and errors are those
+    of `shortest_path`.
+    """
+    _check(costs, budget, gamma=1.0)
+    edges, _ = _best_edges(costs)
+    peak = _least_peak(edges, min(budget, len(edges)))
+    return shortest_path(np.where(costs <= peak, costs, np.inf), budget, gamma=1.0)
+
+
+def _least_peak(edges: NDArray[np.float64], budget: int) -> float:
+    """The least cost below which a path of `budget` edges to the end exists."""
+    peaks = np.full(len(edges) + 1, np.inf)
+    peaks[0] = 0.0
+    for _ in range(budget):
+        peaks = np.maximum(peaks[:-1, None], edges).min(axis=0)
+    return float(peaks[-1])
 
 
 def _best_edges(

@@ -1,25 +1,40 @@
 """Ways to turn nodes (and spans) into weights. One file each; all cost the same at run time.
 
-A new method is a module with a `Method` named in `METHODS`.
+A new method is a new module here and nothing else: modules are found, and what they call `METHOD`
+(or `METHODS`, where one rule has several orders) is in the table.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
 from meancache_trt.errors import ScheduleError
-from meancache_trt.meancache.methods import ab2, euler, official, paper, taylor, threshold
 from meancache_trt.meancache.methods.base import Method
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        euler.METHOD,
-        official.METHOD,
-        paper.METHOD,
-        ab2.METHOD,
-        *taylor.METHODS,
-        threshold.METHOD,
-    )
-}
+
+def _found() -> Iterator[Method]:
+    """The methods of every module here, in the order of the modules' names."""
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        module = importlib.import_module(f"{__name__}.{name}")
+        if hasattr(module, "METHOD"):
+            yield module.METHOD
+        yield from getattr(module, "METHODS", ())
+
+
+def _table() -> dict[str, Method]:
+    methods: dict[str, Method] = {}
+    for method in _found():
+        if method.name in methods:
+            raise ScheduleError(
+                f"two files in meancache/methods name a method {method.name!r}; rename one"
+            )
+        methods[method.name] = method
+    return methods
+
+
+METHODS: dict[str, Method] = _table()
 
 
 def get_method(name: str) -> Method:

@@ -21,4 +21,4 @@ def _fold(sigmas: NDArray[np.float64], nodes: Sequence[int], _spans: Sequence[in
     return tuple(rows)
 
 
-METHOD = Method("ab2", "Adams-Bashforth of order 2 on the nodes", _fold)
+METHOD = Method("ab2", "Adams-Bashforth of order 2 on the nodes", _fold, placement="own-grid")

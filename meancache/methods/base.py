@@ -19,13 +19,15 @@ class Method:
     """An analytic rule: weights follow from sigmas, nodes and spans, without any data.
 
     `fold_rule` receives T + 1 sigmas (float64), B nodes and, where `uses_spans`, B spans, the
-    last of which is 1: after the last node its velocity is reused.
+    last of which is 1: after the last node its velocity is reused. `placement` names how nodes are
+    usually placed for a budget, one of `calibration.placements`: evenly, unless the rule says more.
     """
 
     name: str
     summary: str
     fold_rule: Fold
     uses_spans: bool = False
+    placement: str = "even"
 
     def fold(
         self, sigmas: NDArray[np.float64], nodes: Sequence[int], spans: Sequence[int] | None = None

@@ -16,4 +16,4 @@ def fold_reuse(sigmas: NDArray[np.float64], nodes: Sequence[int], _spans: Sequen
     return tuple((float(width),) for width in interval_widths(sigmas, nodes))
 
 
-METHOD = Method("euler", "plain reuse of the last velocity", fold_reuse)
+METHOD = Method("euler", "plain reuse of the last velocity", fold_reuse, placement="path")

@@ -33,4 +33,10 @@ def _fold(sigmas: NDArray[np.float64], nodes: Sequence[int], spans: Sequence[int
     return fold_steps(sigmas, nodes, estimate)
 
 
-METHOD = Method("official", "the authors' recursion over skipped steps", _fold, uses_spans=True)
+METHOD = Method(
+    "official",
+    "the authors' recursion over skipped steps",
+    _fold,
+    uses_spans=True,
+    placement="path",
+)

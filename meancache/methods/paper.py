@@ -46,4 +46,6 @@ def _jvp(sigmas: NDArray[np.float64], trace: Trace, step: int, span: int) -> Coe
     return np.asarray(drift / window**2)
 
 
-METHOD = Method("paper", "the paper's average-velocity jump", _fold, uses_spans=True)
+METHOD = Method(
+    "paper", "the paper's average-velocity jump", _fold, uses_spans=True, placement="path"
+)

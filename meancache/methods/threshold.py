@@ -56,4 +56,6 @@ def fill_gaps(nodes: tuple[int, ...], budget: int, steps: int) -> tuple[int, ...
     return tuple(filled)
 
 
-METHOD = Method("threshold", "plain reuse, nodes by accumulated change", fold_reuse)
+METHOD = Method(
+    "threshold", "plain reuse, nodes by accumulated change", fold_reuse, placement="change"
+)

@@ -8,17 +8,18 @@ import msgspec
 import numpy as np
 import pytest
 
-from meancache_trt.calibration.baking import STRATEGIES, BakeOptions, bake_schedules
+from meancache_trt.calibration.baking import BakeOptions, bake_schedules, bakeable_methods
 from meancache_trt.calibration.costs import CostRule, measure_costs
 from meancache_trt.calibration.path import shortest_path
 from meancache_trt.calibration.refit import interval_errors, mean_gram
 from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.errors import CalibrationError, ScheduleError
+from meancache_trt.meancache.methods import METHODS
 from meancache_trt.meancache.schedule import bake, load_schedule, save_schedule
 from meancache_trt.meancache.sigmas import make_grid
 
 
-@pytest.mark.parametrize("method", sorted(STRATEGIES))
+@pytest.mark.parametrize("method", METHODS)
 def test_every_budget_gets_a_schedule_of_its_size(trajectories: Trajectories, method: str) -> None:
     budgets = (1, 2, 5, 12)
     schedules = bake_schedules(trajectories, budgets, BakeOptions(method=method))
@@ -26,7 +27,7 @@ def test_every_budget_gets_a_schedule_of_its_size(trajectories: Trajectories, me
     for schedule in schedules:
         assert schedule.method == method
         assert schedule.name == f"{method}-b{schedule.budget}"
-        analytic = bake(method, trajectories.grid, schedule.nodes, schedule.spans)
+        analytic = bake(method, schedule.grid, schedule.nodes, schedule.spans)
         assert schedule.weights == analytic.weights
 
 
@@ -95,9 +96,13 @@ def test_a_budget_outside_the_grid_is_an_error(trajectories: Trajectories, budge
         bake_schedules(trajectories, [4, budget])
 
 
-def test_a_method_without_node_choice_is_an_error(trajectories: Trajectories) -> None:
-    with pytest.raises(CalibrationError, match=r"'ab2' does not choose its nodes.*official"):
-        bake_schedules(trajectories, [4], BakeOptions(method="ab2"))
+def test_every_method_and_the_fitted_one_can_be_baked() -> None:
+    assert bakeable_methods() == (*METHODS, "fitted")
+
+
+def test_an_unknown_method_is_an_error(trajectories: Trajectories) -> None:
+    with pytest.raises(ScheduleError, match=r"unknown method 'ab3'; expected one of ab2, "):
+        bake_schedules(trajectories, [4], BakeOptions(method="ab3"))
 
 
 def test_a_grid_shorter_than_the_longest_span_can_be_calibrated(

@@ -10,11 +10,16 @@ from click.core import ParameterSource
 
 from meancache_trt import build as stages
 from meancache_trt.bundle import Bundle
-from meancache_trt.calibration.baking import BakeOptions, bake_schedules
+from meancache_trt.calibration.baking import (
+    DEFAULT_METHOD,
+    BakeOptions,
+    bake_schedules,
+    bakeable_methods,
+)
+from meancache_trt.calibration.placements import PLACEMENTS
 from meancache_trt.calibration.trajectories import load_trajectories
 from meancache_trt.cli import options
 from meancache_trt.cli.output import note, print_json, show_schedule
-from meancache_trt.meancache.methods import METHODS
 from meancache_trt.meancache.presets import preset as load_preset
 from meancache_trt.meancache.schedule import FITTED, Schedule, save_schedule
 from meancache_trt.meancache.schedule import bake as bake_schedule
@@ -31,9 +36,15 @@ from meancache_trt.meancache.sigmas import make_grid
 @click.option("--budget", type=int, help="Network evaluations an image, with --calibration.")
 @click.option(
     "--method",
-    type=click.Choice([*METHODS, FITTED]),
+    type=click.Choice(bakeable_methods()),
     help="How skipped steps are estimated. fitted: by weights fitted to --calibration, for which "
     "the network of --bundle runs.",
+)
+@click.option(
+    "--placement",
+    type=click.Choice(list(PLACEMENTS)),
+    help="How nodes are chosen, with --calibration; by default as the method usually does. "
+    "own-grid: every step of a grid of --budget steps, as solvers are run without skipping.",
 )
 @click.option("--nodes", type=options.NUMBERS, help="Evaluated steps: 0,1,3,7.")
 @click.option("--spans", type=options.NUMBERS, help="K of each edge between nodes: 1,2,1.")
@@ -53,6 +64,7 @@ def bake(
     calibration: Path | None,
     budget: int | None,
     method: str | None,
+    placement: str | None,
     nodes: tuple[int, ...] | None,
     spans: tuple[int, ...] | None,
     steps: int,
@@ -82,7 +94,8 @@ def bake(
     if preset is not None:
         schedule = load_preset(preset, height=height, width=width)
     elif calibration is not None:
-        schedule = _from_calibration(calibration, budget, method, opened)
+        choosing = BakeOptions(method=method or DEFAULT_METHOD, placement=placement)
+        schedule = _from_calibration(calibration, budget, choosing, opened)
     else:
         assert nodes is not None
         if method == FITTED:
@@ -97,7 +110,7 @@ def bake(
         schedule = msgspec.structs.replace(schedule, name=name)
     elif opened is not None:
         # As `build` calls it, where it is the method that `build` would choose.
-        is_default = calibration is not None and method is None
+        is_default = calibration is not None and (method, placement) == (None, None)
         own = f"b{schedule.budget}" if is_default else None
         schedule = stages.named_in(opened, schedule, own)
     _deliver(schedule, output, opened)
@@ -107,7 +120,7 @@ def bake(
 _SOURCES = ("--preset", "--calibration", "--nodes")
 _APPLIES = {
     "--preset": ("height", "width"),
-    "--calibration": ("budget", "method"),
+    "--calibration": ("budget", "method", "placement"),
     "--nodes": (
         *("method", "spans", "steps", "shift", "mu", "shift_terminal"),
         *("height", "width", "guidance_scale"),
@@ -128,18 +141,17 @@ def _refuse_what_does_not_apply(*is_given: bool) -> None:
 
 
 def _from_calibration(
-    directory: Path, budget: int | None, method: str | None, bundle: Bundle | None
+    directory: Path, budget: int | None, choosing: BakeOptions, bundle: Bundle | None
 ) -> Schedule:
     if budget is None:
         raise click.UsageError("--calibration needs --budget")
-    options = BakeOptions() if method is None else BakeOptions(method=method)
-    if options.method == FITTED and bundle is None:
+    if choosing.method == FITTED and bundle is None:
         raise click.UsageError("--method fitted runs the network; give its --bundle")
     trajectories = load_trajectories(directory)
     if bundle is None:
-        (schedule,) = bake_schedules(trajectories, [budget], options)
+        (schedule,) = bake_schedules(trajectories, [budget], choosing)
     else:
-        (schedule,) = stages.bake_for(bundle, trajectories, [budget], options)
+        (schedule,) = stages.bake_for(bundle, trajectories, [budget], choosing)
     return schedule
 
 

@@ -12,16 +12,16 @@ from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.calibration.baking import (
     DEFAULT_METHOD,
-    STRATEGIES,
     BakeOptions,
     bake_schedules,
+    bakeable_methods,
 )
 from meancache_trt.cli import options
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
 from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.meancache.schedule import FITTED, save_schedule
+from meancache_trt.meancache.schedule import save_schedule
 from meancache_trt.plan import plan as plan_bundle
 from meancache_trt.shapes import PictureSize, Range
 
@@ -92,7 +92,7 @@ _output = click.option(
 @_budgets
 @click.option(
     "--method",
-    type=click.Choice([*STRATEGIES, FITTED]),
+    type=click.Choice(bakeable_methods()),
     default=DEFAULT_METHOD,
     show_default=True,
     help="How skipped steps are estimated; fitted runs the network again while it bakes.",
