@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from meancache_trt.calibration.fidelity import Outcome
 from meancache_trt.meancache.folding import Rows
 
 
@@ -12,7 +13,8 @@ from meancache_trt.meancache.folding import Rows
 class Choice:
     """Nodes (and spans, or rows that were fitted), with what is known about them (see `Evidence`).
 
-    `evaluations` are network evaluations that the choice itself took.
+    `outcome` is set where the choice ran the network; `evaluations` are those that it took to
+    compare `candidates` tables.
     """
 
     nodes: tuple[int, ...]
@@ -22,7 +24,8 @@ class Choice:
     path_cost: float | None = None
     cost: str | None = None
     gamma: float | None = None
-    held_out_error: float | None = None
+    outcome: Outcome | None = None
+    candidates: int = 0
     evaluations: int = 0
 
 

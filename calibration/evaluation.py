@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from meancache_trt.calibration.costs import CostRule, measure_costs
 from meancache_trt.calibration.metrics import (
     PairedDifference,
-    Summary,
     latent_error,
     paired_difference,
     psnr,
@@ -27,9 +26,10 @@ from meancache_trt.calibration.metrics import (
 )
 from meancache_trt.calibration.trajectories import Prompt, Trajectories
 from meancache_trt.errors import InputError
+from meancache_trt.meancache.evidence import Evidence, Summary
 from meancache_trt.meancache.files import decode_json, encode_json
 from meancache_trt.meancache.hashing import digest_of
-from meancache_trt.meancache.schedule import Evidence, Schedule
+from meancache_trt.meancache.schedule import Schedule
 
 FILE = "evaluation.json"
 
@@ -104,7 +104,7 @@ class Metric(_Record, frozen=True, kw_only=True):
     difference: PairedDifference | None = None
 
 
-class Fidelity(_Record, frozen=True, kw_only=True):
+class Comparison(_Record, frozen=True, kw_only=True):
     """PSNR in dB (100 where pictures are equal), SSIM, and the latents' relative l2 error."""
 
     psnr: Metric
@@ -118,7 +118,7 @@ class Fidelity(_Record, frozen=True, kw_only=True):
 
 
 class Row(_Record, frozen=True, kw_only=True):
-    """One method at one budget: its schedule, its time and its fidelity.
+    """One method at one budget: its schedule, its time and its comparison.
 
     `ms_per_evaluation` is the denoising loop's time divided by pictures and evaluations, of the
     fastest batch: what else runs on a machine only adds to it. `own` is against the model's T
@@ -129,8 +129,8 @@ class Row(_Record, frozen=True, kw_only=True):
     budget: int
     schedule: ScheduleFacts
     ms_per_evaluation: float
-    own: Fidelity | None = None
-    fine: Fidelity | None = None
+    own: Comparison | None = None
+    fine: Comparison | None = None
 
     @property
     def key(self) -> str:
@@ -142,7 +142,7 @@ class Row(_Record, frozen=True, kw_only=True):
         """The denoising loop of one picture."""
         return self.ms_per_evaluation * self.budget
 
-    def fidelity(self, reference: ReferenceName) -> Fidelity | None:
+    def comparison(self, reference: ReferenceName) -> Comparison | None:
         """Against one of the references, if it was measured."""
         return self.own if reference == "own" else self.fine
 
@@ -190,8 +190,8 @@ class Evaluation(_Record, frozen=True, kw_only=True):
             self._check_lengths(row)
 
     def _check_lengths(self, row: Row) -> None:
-        found = [row.fidelity(name) for name in REFERENCES]
-        for metric in (fidelity.metric(m) for fidelity in found if fidelity for m in METRICS):
+        found = [row.comparison(name) for name in REFERENCES]
+        for metric in (comparison.metric(m) for comparison in found if comparison for m in METRICS):
             if len(metric.values) != len(self.prompts):
                 raise InputError(
                     f"expected {len(self.prompts)} values of {row.method} at {row.budget} "
@@ -211,7 +211,7 @@ class Evaluation(_Record, frozen=True, kw_only=True):
     @property
     def references(self) -> list[ReferenceName]:
         """The references that all rows were compared with."""
-        return [name for name in REFERENCES if all(row.fidelity(name) for row in self.rows)]
+        return [name for name in REFERENCES if all(row.comparison(name) for row in self.rows)]
 
     def row(self, method: str, budget: int) -> Row | None:
         """The row of a method and budget, if there is one."""
@@ -224,24 +224,24 @@ def row_key(method: str, budget: int) -> str:
     return f"{method.replace('/', '-')}-b{budget}"
 
 
-def fidelity_of(
+def compare_batches(
     pictures: Pictures, latents: Pictures, other_pictures: Pictures, other_latents: Pictures
-) -> Fidelity:
+) -> Comparison:
     """Compare a batch with its reference; see the metrics for shapes and what they raise."""
-    return Fidelity(
+    return Comparison(
         psnr=_metric("psnr", psnr(pictures, other_pictures)),
         ssim=_metric("ssim", ssim(pictures, other_pictures)),
         latent_error=_metric("latent_error", latent_error(latents, other_latents)),
     )
 
 
-def joined(parts: Sequence[Fidelity]) -> Fidelity:
-    """The fidelity of batches that follow each other."""
+def joined(parts: Sequence[Comparison]) -> Comparison:
+    """The comparison of batches that follow each other."""
 
     def metric(name: MetricName) -> Metric:
         return _metric(name, np.concatenate([part.metric(name).values for part in parts]))
 
-    return Fidelity(psnr=metric("psnr"), ssim=metric("ssim"), latent_error=metric("latent_error"))
+    return Comparison(psnr=metric("psnr"), ssim=metric("ssim"), latent_error=metric("latent_error"))
 
 
 def _metric(name: MetricName, values: NDArray[np.float64]) -> Metric:
@@ -272,20 +272,20 @@ def _compared(row: Row, other: Row | None) -> Row:
     is_itself = other is not None and row.method == other.method
     changes = {}
     for name in REFERENCES:
-        mine, theirs = row.fidelity(name), other.fidelity(name) if other else None
+        mine, theirs = row.comparison(name), other.comparison(name) if other else None
         if mine is not None:
             changes[name] = _with_differences(mine, None if is_itself else theirs)
     return msgspec.structs.replace(row, **changes)
 
 
-def _with_differences(mine: Fidelity, theirs: Fidelity | None) -> Fidelity:
+def _with_differences(mine: Comparison, theirs: Comparison | None) -> Comparison:
     def metric(name: MetricName) -> Metric:
         found = mine.metric(name)
         pair = [np.array(each.metric(name).values) for each in (mine, theirs) if each]
         difference = paired_difference(*pair) if theirs else None
         return msgspec.structs.replace(found, difference=difference)
 
-    return Fidelity(psnr=metric("psnr"), ssim=metric("ssim"), latent_error=metric("latent_error"))
+    return Comparison(psnr=metric("psnr"), ssim=metric("ssim"), latent_error=metric("latent_error"))
 
 
 def schedule_facts(schedule: Schedule) -> ScheduleFacts:

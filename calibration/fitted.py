@@ -1,9 +1,9 @@
 """Fitted schedules: nodes by two-term edges, weights along the table's own trajectories.
 
 The path's cost knows nothing of what errors become later, so which γ is best is tried: the tables
-of all candidates are fitted, and the one that ends nearest on held-out samples is taken. γ acts on
-edges and on samples alike: the path minimises the sum over edges of the mean over samples of
-error^γ, so that a large γ avoids the single bad edge of a single bad sample.
+of all candidates are fitted, and the one whose held-out pictures are best is taken. γ acts on edges
+and on samples alike: the path minimises the sum over edges of the mean over samples of error^γ, so
+that a large γ avoids the single bad edge of a single bad sample.
 """
 
 from __future__ import annotations
@@ -11,29 +11,27 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.calibration.choice import Choice, Choose
+from meancache_trt.calibration.fidelity import Judge
 from meancache_trt.calibration.pair_path import edge_limit, shortest_pair_path
 from meancache_trt.calibration.refit import mean_gram
-from meancache_trt.calibration.sequential_fit import FitOptions, fit_rows
+from meancache_trt.calibration.sequential_fit import FitOptions
 from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.calibration.two_term import peak_costs, two_term_edges
 from meancache_trt.calibration.velocity_field import VelocityField
 from meancache_trt.errors import CalibrationError
 from meancache_trt.meancache.folding import interval_widths
 
-DEFAULT_GAMMAS = (2.0, 6.0)
+DEFAULT_GAMMAS = (1.0, 2.0, 6.0)
 
 FIELD_TOLERANCE = 0.05
 """Relative distance of the field's velocity from the recorded one at the same latent: 1e-5 in
 float32 on the FLUX stand-in, and a rounded network is within 0.02; more is another network."""
-
-_NO_ERROR = 1e-9
-"""Errors below this are rounding of float32, and count as this."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,20 @@ class _Candidate:
 
 
 def fitted_choices(
-    trajectories: Trajectories,
-    field: VelocityField,
+    judge: Judge,
     gammas: Sequence[float] = DEFAULT_GAMMAS,
     options: FitOptions | None = None,
 ) -> Choose:
     """How the nodes and rows of any budget are chosen.
 
-    A choice takes N·(B − 1) evaluations for each distinct path, and as many once more for rows that
-    are fitted on all N samples.
+    A choice takes N·(B − 1) evaluations for each distinct path; there are at most as many as
+    `gammas`, each a candidate.
 
     Raises:
-        CalibrationError: where the field is not the network that was recorded; the choice, what
-            `fit_rows` does.
+        CalibrationError: by the choice, what `fit_rows` does.
     """
     fit = options or FitOptions()
-    check_field(trajectories, field)
+    trajectories = judge.trajectories
     gram, sigmas = mean_gram(trajectories), trajectories.grid.array()
 
     @functools.cache
@@ -73,27 +69,21 @@ def fitted_choices(
             return _every_step(sigmas, fit)
         measured = costs(edge_limit(trajectories.grid.steps, budget))
         candidates = _candidates(measured, budget, gammas)
-        fits = [fit_rows(trajectories, field, tried.nodes, fit) for tried in candidates]
-        best = min(range(len(fits)), key=lambda index: mean_error(fits[index].errors))
-        nodes = candidates[best].nodes
-        final = fit_rows(trajectories, field, nodes, replace(fit, folds=1))
+        outcomes = [judge.fit(tried.nodes, fit) for tried in candidates]
+        best = max(range(len(outcomes)), key=lambda index: outcomes[index].score)
         return Choice(
-            nodes=nodes,
-            rows=final.rows,
+            nodes=candidates[best].nodes,
+            rows=outcomes[best].rows,
             edge_costs=candidates[best].edge_costs,
             path_cost=candidates[best].path_cost,
             cost=_describe(fit),
             gamma=candidates[best].gamma,
-            held_out_error=mean_error(fits[best].errors),
-            evaluations=sum(run.evaluations for run in (*fits, final)),
+            outcome=outcomes[best],
+            candidates=len(gammas),
+            evaluations=sum(outcome.evaluations for outcome in outcomes),
         )
 
     return choose
-
-
-def mean_error(errors: NDArray[np.float64]) -> float:
-    """Geometric mean of relative errors: what a mean over decibels compares."""
-    return float(np.exp(np.log(np.maximum(errors, _NO_ERROR)).mean()))
 
 
 def check_field(trajectories: Trajectories, field: VelocityField) -> None:

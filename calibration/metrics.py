@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.errors import InputError, RuntimeUnavailableError
+from meancache_trt.meancache.evidence import Summary
 
 MSE_FLOOR = 1e-10
 """Below this two pictures count as equal: 100 dB, far beyond the 8 bits of a PNG (59 dB)."""
@@ -21,20 +22,12 @@ SSIM_SIGMA = 1.5
 _SSIM_WINDOW = 11  # pixels: 3.5 sigma either side, rounded, as scikit-image makes it
 
 
-class Summary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A metric over pictures: mean, 5th percentile (linear interpolation) and worst.
-
-    Of an error, where less is better, the "5th percentile" is the 95th: in either case one
-    picture in twenty is worse.
-    """
-
-    mean: float
-    p5: float
-    worst: float
-
-
 PsnrSummary = Summary
 """PSNR over pictures in dB."""
+
+
+BOOTSTRAP_DRAWS = 2000
+"""Percentiles of 2.5 % then rest on 50 draws."""
 
 
 class PairedDifference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +87,17 @@ def require_ssim() -> None:
     _structural_similarity()
 
 
+def _structural_similarity() -> Callable[..., Any]:
+    try:
+        from skimage.metrics import structural_similarity  # noqa: PLC0415  an extra
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            f"SSIM needs the package scikit-image ({error}); install meancache-trt[evaluate]"
+        ) from error
+    found: Callable[..., Any] = structural_similarity
+    return found
+
+
 def _ssim_of_frame(frame: NDArray[Any], reference: NDArray[Any]) -> float:
     value = _structural_similarity()(
         # In float64: variances are small differences of squares.
@@ -106,17 +110,6 @@ def _ssim_of_frame(frame: NDArray[Any], reference: NDArray[Any]) -> float:
         channel_axis=-1,
     )
     return float(value)
-
-
-def _structural_similarity() -> Callable[..., Any]:
-    try:
-        from skimage.metrics import structural_similarity  # noqa: PLC0415  an extra
-    except ImportError as error:
-        raise RuntimeUnavailableError(
-            f"SSIM needs the package scikit-image ({error}); install meancache-trt[evaluate]"
-        ) from error
-    found: Callable[..., Any] = structural_similarity
-    return found
 
 
 def latent_error(latents: NDArray[Any], references: NDArray[Any]) -> NDArray[np.float64]:
@@ -136,10 +129,13 @@ def latent_error(latents: NDArray[Any], references: NDArray[Any]) -> NDArray[np.
     return np.asarray(np.linalg.norm(found - wanted, axis=1) / norms)
 
 
-def summarize(values: NDArray[np.float64], *, is_error: bool = False) -> Summary:
+def summarize(
+    values: NDArray[np.float64], *, is_error: bool = False, with_interval: bool = False
+) -> Summary:
     """Mean, 5th percentile and worst of (N,) values; `is_error` where less is better.
 
-    Raises `InputError` where there is none.
+    `with_interval` adds the bootstrap interval of the mean. Raises `InputError` where there is no
+    value.
     """
     if not len(values):
         raise InputError("expected at least one value to summarize, found none")
@@ -148,7 +144,18 @@ def summarize(values: NDArray[np.float64], *, is_error: bool = False) -> Summary
         mean=float(values.mean()),
         p5=float(np.percentile(values, 95 if is_error else 5)),
         worst=float(worst),
+        interval=bootstrap_interval(values) if with_interval else None,
     )
+
+
+def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The mean of (N,) values with 95 % confidence: percentiles over resampled pictures.
+
+    The same values give the same interval.
+    """
+    drawn = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAP_DRAWS, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def paired_difference(values: NDArray[np.float64], others: NDArray[np.float64]) -> PairedDifference:

@@ -149,8 +149,9 @@ class PipelineCall:
             "output_type": "latent",
             **self.options,
         }
-        if self.guidance_scale is not None:
-            arguments[self.guidance_argument] = self.guidance_scale
+        scale = self.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
+        if scale is not None:
+            arguments[self.guidance_argument] = scale
         if self.frames is not None:
             arguments["num_frames"] = self.frames
         return arguments
@@ -177,6 +178,7 @@ class PipelineSampler:
         model: ModelReference | None = None,
         precision: str = "float32",
         text_tokens: int | None = None,
+        guidance_range: tuple[float, float] | None = None,
     ) -> Settings:
         """The settings of recordings with this sampler.
 
@@ -191,6 +193,7 @@ class PipelineSampler:
         return Settings(
             grid=grid,
             guidance_scale=self._call.guidance_scale,
+            guidance_range=guidance_range,
             family=family,
             model=model,
             precision=precision,
@@ -199,7 +202,7 @@ class PipelineSampler:
 
     def _run(self, prompt: Prompt, sink: StepSink) -> None:
         scheduler = RecordingScheduler.around(self._pipeline.scheduler, sink)
-        with _scheduler_replaced(self._pipeline, scheduler):
+        with scheduler_replaced(self._pipeline, scheduler):
             self._pipeline(**self._call.arguments(prompt))
 
 
@@ -222,7 +225,8 @@ def load_pipeline(directory: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _scheduler_replaced(pipeline: Any, scheduler: RecordingScheduler) -> Iterator[None]:
+def scheduler_replaced(pipeline: Any, scheduler: FlowMatchEulerDiscreteScheduler) -> Iterator[None]:
+    """The pipeline with another scheduler; its own is put back at the end of the `with`."""
     original = pipeline.scheduler
     pipeline.scheduler = scheduler
     try:
@@ -241,13 +245,13 @@ class _Ends:
         self._on_step = on_step
 
     def begin(self, grid: SigmaGrid, latent: torch.Tensor) -> None:  # noqa: ARG002
-        self.initial = _as_array(latent)
+        self.initial = as_array(latent)
 
     def add(self, step: int, sigma: float, velocity: torch.Tensor) -> None:  # noqa: ARG002
-        self._on_step(step, _as_array(velocity))
+        self._on_step(step, as_array(velocity))
 
     def end(self, latent: torch.Tensor) -> None:
-        self.final = _as_array(latent)
+        self.final = as_array(latent)
 
 
 class _GridKnownError(Exception):
@@ -266,5 +270,6 @@ class _GridProbe:
     def end(self, latent: torch.Tensor) -> None: ...
 
 
-def _as_array(tensor: torch.Tensor) -> Array:
+def as_array(tensor: torch.Tensor) -> Array:
+    """A float32 copy in the memory of the host."""
     return np.array(tensor.detach().to("cpu", torch.float32).numpy(), order="C")

@@ -42,32 +42,39 @@ Report = Callable[[int, int], None]
 """(samples done, samples in all) -> None; called before the first and after each."""
 
 
-class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is sampled: a text and the seed of its noise."""
+class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What is sampled: a text, the seed of its noise and, where samples differ in it, the scale."""
 
     text: str
     seed: int = 0
+    guidance_scale: float | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What trajectories depend on besides their prompts; one directory has one.
 
     Size and number of frames are in the grid. `precision` is that of the network, as "bfloat16".
+    With a `guidance_range` each prompt has a scale of its own within it.
     """
 
     grid: SigmaGrid
     guidance_scale: float | None = None
+    guidance_range: tuple[float, float] | None = None
     family: str | None = None
     model: ModelReference | None = None
     precision: str = "float32"
     text_tokens: int | None = None
+
+    def guidance_of(self, prompt: Prompt) -> float | None:
+        """The scale that a prompt is sampled with."""
+        return self.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
 
     def difference(self, other: Settings) -> str | None:
         """Say in words how `other` differs, or None where they are the same."""
         gap = self.grid.difference(other.grid)
         if gap is not None:
             return gap
-        for name in ("guidance_scale", "family", "model", "precision", "text_tokens"):
+        for name in _COMPARED:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name.replace('_', ' ')} {mine} against {theirs}"
@@ -76,6 +83,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if mine != theirs:
                 return f"{name} {mine} against {theirs}"
         return None
+
+
+_COMPARED = (
+    *("guidance_scale", "guidance_range"),
+    *("family", "model", "precision", "text_tokens"),
+)
 
 
 class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,6 +158,11 @@ class Trajectories:
         with self._opened(self.samples[index]) as stored:
             velocities = stored.get_slice("velocities")[start:end]
         return np.asarray(velocities.reshape(end - start, -1))
+
+    def final(self, index: int) -> Array:
+        """The final latent (N,) of one sample, and no more."""
+        with self._opened(self.samples[index]) as stored:
+            return np.asarray(stored.get_tensor("final").reshape(-1))
 
     def _read(self, sample: Sample) -> Trajectory:
         with self._opened(sample) as stored:

@@ -168,7 +168,7 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         grid = stock_grid(self, sigmas, mu)
         _check_steps(self._original, grid)
-        fitted = self._original.fit_to(grid, self._original.guidance_scale)
+        fitted = self._original.on_grid(grid)
         self._schedule = self._begun(fitted)
         begin = grid.steps - self._schedule.grid.steps
         nodes = [begin + node for node in self._schedule.nodes]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.errors import InputError, ScheduleError
+from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.files import decode_json, read_bytes, write_json
 from meancache_trt.meancache.folding import Rows, check_nodes
 from meancache_trt.meancache.methods import METHODS, get_method
@@ -39,31 +40,13 @@ class ModelReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     digest: str | None = None
 
 
-class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured when the schedule was made. None means that it was not measured.
-
-    `edge_costs` has one entry for each interval (B), measured as `cost` says; `path_cost` is the
-    sum of their powers `gamma`. `seconds` and `network_evaluations` include the recording.
-    `held_out_error` is how far a fitted table ends from recorded final latents, as a fraction of
-    these: the geometric mean over samples, each left out of the fit that moved it.
-    """
-
-    samples: int
-    seconds: float
-    network_evaluations: int | None = None
-    cost: str | None = None
-    gamma: float | None = None
-    edge_costs: tuple[float, ...] | None = None
-    path_cost: float | None = None
-    held_out_error: float | None = None
-
-
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table of B rows over a grid of T steps; immutable and valid once constructed.
 
     `weights[n][j]` multiplies the velocity evaluated j nodes before node n; a short row means
     zeros. `history` is the longest row. `spans` are set for methods that use them.
-    `guidance_scale`, `family` and `model` are None where the schedule is not tied to one.
+    `guidance_scale`, `family` and `model` are None where the schedule is not tied to one; a
+    schedule that was calibrated for a range of scales has a `guidance_range` instead.
     """
 
     schema: Version = VERSION
@@ -72,6 +55,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model: ModelReference | None = None
     grid: SigmaGrid
     guidance_scale: float | None = None
+    guidance_range: tuple[float, float] | None = None
     precision: str = "float32"
     method: str
     nodes: tuple[int, ...]
@@ -82,7 +66,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         check_nodes(self.nodes, self.grid.steps)
-        check_guidance_scale(self.guidance_scale)
+        for scale in (self.guidance_scale, *(self.guidance_range or ())):
+            check_guidance_scale(scale)
         _check_weights(self.weights, len(self.nodes), self.history)
         if self.is_analytic:
             self._check_fold()
@@ -129,12 +114,11 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ScheduleError: where a fitted table meets another grid, or the schedule belongs to
                 another guidance scale.
         """
-        if self.guidance_scale is not None and self.guidance_scale != guidance_scale:
-            raise ScheduleError(
-                f"schedule {self.name!r} was calibrated for guidance scale {self.guidance_scale}, "
-                f"found {guidance_scale}; render with {self.guidance_scale} or calibrate for "
-                f"{guidance_scale}"
-            )
+        self._check_guidance(guidance_scale)
+        return self.on_grid(grid)
+
+    def on_grid(self, grid: SigmaGrid) -> Schedule:
+        """As `fit_to`, for a host that cannot see the guidance scale."""
         self.check_grid(grid)
         if self.grid.difference(grid) is None:
             return self
@@ -147,8 +131,23 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             family=self.family,
             model=self.model,
             guidance_scale=self.guidance_scale,
+            guidance_range=self.guidance_range,
             precision=self.precision,
         )
+
+    def _check_guidance(self, scale: float | None) -> None:
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            if scale is None or not low <= scale <= high:
+                raise ScheduleError(
+                    f"schedule {self.name!r} was calibrated for guidance scales {low:g} to "
+                    f"{high:g}, found {scale}; render with one of them or calibrate for {scale}"
+                )
+        elif self.guidance_scale not in (None, scale):
+            raise ScheduleError(
+                f"schedule {self.name!r} was calibrated for guidance scale {self.guidance_scale}, "
+                f"found {scale}; render with {self.guidance_scale} or calibrate for {scale}"
+            )
 
     def check_grid(self, grid: SigmaGrid) -> None:
         """Raise `ScheduleError` where this is a fitted table of another grid than `grid`."""
@@ -182,6 +181,7 @@ def bake(
     family: str | None = None,
     model: ModelReference | None = None,
     guidance_scale: float | None = None,
+    guidance_range: tuple[float, float] | None = None,
     precision: str = "float32",
     calibration: Evidence | None = None,
 ) -> Schedule:
@@ -193,6 +193,7 @@ def bake(
         model=model,
         grid=grid,
         guidance_scale=guidance_scale,
+        guidance_range=guidance_range,
         precision=precision,
         method=method,
         nodes=tuple(nodes),

@@ -61,6 +61,7 @@ def begin_at(schedule: Schedule, step: int) -> Schedule:
             family=schedule.family,
             model=schedule.model,
             guidance_scale=schedule.guidance_scale,
+            guidance_range=schedule.guidance_range,
             precision=schedule.precision,
         )
     rows = _fitted_rows(schedule, get_method("euler").fold(grid.array(), nodes), kept)

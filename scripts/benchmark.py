@@ -31,6 +31,7 @@ from meancache_trt.export.family import resolved
 from meancache_trt.meancache.probe import Probe
 from meancache_trt.meancache.runtime import Graph
 from meancache_trt.meancache.schedule import bake
+from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
 from meancache_trt.session import Session
 
@@ -185,7 +186,7 @@ def _torch_feeds(pipeline: Pipeline) -> dict[str, Any]:
 def _calibration(work: Path) -> dict[str, float]:
     """Seconds of a calibration of the stand-in with 16 samples, by stage."""
     checkpoint = stages.find_model("standin/flux")
-    recording = stages.RecordOptions(size=(64, 64), prompts=stages.default_prompts(checkpoint))
+    recording = RecordOptions(size=(64, 64), prompts=stages.default_prompts(checkpoint))
     start = time.perf_counter()
     trajectories = stages.record_pipeline(
         checkpoint, work / "calibration", recording, note=lambda _: None, report=lambda *_: None

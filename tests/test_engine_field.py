@@ -16,6 +16,7 @@ from meancache_trt.calibration.trajectories import Array, Trajectories
 from meancache_trt.engine_field import engine_field
 from meancache_trt.errors import BundleError, CalibrationError, ScheduleError
 from meancache_trt.meancache.schedule import ModelReference
+from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
 
 STEPS = 6
@@ -28,7 +29,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
     checkpoint = stages.find_model("standin/flux")
-    options = stages.RecordOptions(size=(64, 64), prompts=PROMPTS, steps=STEPS, samples=4)
+    options = RecordOptions(size=(64, 64), prompts=PROMPTS, steps=STEPS, samples=4)
     directory = tmp_path_factory.mktemp("recorded")
     return stages.record_pipeline(
         checkpoint, directory, options, note=lambda _: None, report=lambda *_: None

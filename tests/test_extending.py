@@ -16,6 +16,7 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.cli import main
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.record import RecordOptions
 from meancache_trt.shapes import PictureSize
 
 
@@ -73,9 +74,9 @@ def test_what_a_bundle_has_already_needs_no_lock(
 def test_build_records_at_the_text_length_of_the_bundle(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[stages.RecordOptions] = []
+    seen: list[RecordOptions] = []
 
-    def record(_: Any, __: Any, options: stages.RecordOptions, **___: Any) -> None:
+    def record(_: Any, __: Any, options: RecordOptions, **___: Any) -> None:
         seen.append(options)
         raise InputError("enough")
 

@@ -12,8 +12,9 @@ import pytest
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.manifest import Resolution
+from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.files import write_json
-from meancache_trt.meancache.schedule import Evidence, Schedule, bake, save_schedule
+from meancache_trt.meancache.schedule import Schedule, bake, save_schedule
 from meancache_trt.plan import plan
 from meancache_trt.render import Pipeline
 from tests.test_resolutions import resolutions

@@ -20,22 +20,23 @@ from meancache_trt.calibration.metrics import PsnrSummary, compare
 from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.meancache.methods.threshold import fill_gaps
 from meancache_trt.meancache.schedule import Schedule, bake
+from meancache_trt.record import RecordOptions
 from meancache_trt.render import Conditioning, Pipeline
 
 BUDGETS = (25, 20, 15, 12, 10, 8, 6, 5)
 SAMPLES = 16
 VARIANTS = {
-    "defaults": BakeOptions(),
-    "not refitted": BakeOptions(is_refitted=False),
-    "relative costs": BakeOptions(scaling="relative"),
-    "l1 norm": BakeOptions(norm="l1"),
-    "gamma 2": BakeOptions(gamma=2.0),
-    "gamma 4": BakeOptions(gamma=4.0),
-    "spans to 2": BakeOptions(max_span=2),
-    "spans to 6": BakeOptions(max_span=6),
-    "paper": BakeOptions(method="paper"),
-    "euler": BakeOptions(method="euler"),
-    "threshold": BakeOptions(method="threshold"),
+    "defaults": BakeOptions("official"),
+    "not refitted": BakeOptions("official", is_refitted=False),
+    "relative costs": BakeOptions("official", scaling="relative"),
+    "l1 norm": BakeOptions("official", norm="l1"),
+    "gamma 2": BakeOptions("official", gamma=2.0),
+    "gamma 4": BakeOptions("official", gamma=4.0),
+    "spans to 2": BakeOptions("official", max_span=2),
+    "spans to 6": BakeOptions("official", max_span=6),
+    "paper": BakeOptions("paper"),
+    "euler": BakeOptions("euler"),
+    "threshold": BakeOptions("threshold"),
 }
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     checkpoint = stages.find_model("standin/flux")
     size = stages.picture_size(checkpoint, None, None)
     with tempfile.TemporaryDirectory() as work:
-        recording = stages.RecordOptions(size=size, prompts=stages.default_prompts(checkpoint))
+        recording = RecordOptions(size=size, prompts=stages.default_prompts(checkpoint))
         trajectories = stages.record_pipeline(
             checkpoint, Path(work) / "calibration", recording, note=_note, report=lambda *_: None
         )

@@ -27,6 +27,7 @@ from meancache_trt.engine_field import engine_field
 from meancache_trt.meancache.methods.threshold import fill_gaps
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.schedule import FITTED, Schedule, bake
+from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
 from meancache_trt.session import Session
 
@@ -53,7 +54,7 @@ def main() -> None:
     checkpoint = stages.find_model("standin/flux")
     size = stages.picture_size(checkpoint, None, None)
     with tempfile.TemporaryDirectory() as work:
-        recording = stages.RecordOptions(
+        recording = RecordOptions(
             size=size, prompts=stages.default_prompts(checkpoint), samples=SAMPLES
         )
         trajectories = stages.record_pipeline(

@@ -4,40 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 
 from meancache_trt import standins
 from meancache_trt.bundle import MANIFEST, Bundle, create_bundle
-from meancache_trt.calibration.baking import BakeOptions, bake_schedules, check_budgets
-from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
+from meancache_trt.calibration.baking import BakeOptions, bake_for_goal, bake_schedules
+from meancache_trt.calibration.target import Goal
+from meancache_trt.calibration.trajectories import Trajectories
+from meancache_trt.calibration.velocity_field import VelocityField
 from meancache_trt.engine_field import engine_field
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
-from meancache_trt.export.family import Configs, Family, default_frames
 from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.pipeline import export_components, identify, resolutions_of
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Exported, Model, component_name
 from meancache_trt.meancache.hashing import verified_sha256
-from meancache_trt.meancache.schedule import (
-    FITTED,
-    ModelReference,
-    Schedule,
-    bake,
-    check_guidance_scale,
-)
+from meancache_trt.meancache.schedule import Schedule, bake
+from meancache_trt.record import Note, Recorder, RecordOptions, Report
 from meancache_trt.render import Pipeline
 from meancache_trt.selection import calibrated_size, grid_size
 from meancache_trt.shapes import ONE, PictureSize, Range
-
-if TYPE_CHECKING:
-    from meancache_trt.calibration.recording import PipelineCall
 
 STANDIN = "standin/"
 """`standin/flux` as a model means the small trained one that comes with the package."""
@@ -55,9 +48,6 @@ _TOOLS = (
     "onnxscript",
     "onnxruntime",
 )
-
-Note = Callable[[str], None]
-Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,34 +74,6 @@ class ExportOptions:
     def sizes(self) -> tuple[PictureSize, ...]:
         """Every size, the first of which is a new bundle's default."""
         return (PictureSize(*self.size, self.frames), *self.further_sizes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordOptions:
-    """What is recorded for calibration, at `size` (height, width) in pixels.
-
-    `guidance_scale`, `text_tokens` and `frames` of a video None mean the model's defaults. Sample i
-    has prompt i (they repeat where there are fewer than `samples`) and seed i. `budgets` are what
-    will be baked from it, so that one out of range is refused before the work.
-    """
-
-    size: tuple[int, int]
-    frames: int | None = None
-    prompts: tuple[str, ...]
-    steps: int = 50
-    samples: int = 16
-    guidance_scale: float | None = None
-    text_tokens: int | None = None
-    budgets: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.samples < 1:
-            raise InputError(
-                f"calibration records at least one sample of one step, found {self.samples} of "
-                f"{self.steps}; give --samples and --steps of 1 or more"
-            )
-        check_guidance_scale(self.guidance_scale)
-        check_budgets(self.budgets, self.steps)
 
 
 def find_model(model: str) -> Checkpoint:
@@ -237,108 +199,81 @@ def record_pipeline(
     report: Report,
     is_forced: bool = False,
 ) -> Trajectories:
-    """Run the checkpoint's diffusers pipeline over all steps and record it, resuming if begun.
+    """See `Recorder.record`."""
+    recorder = Recorder(checkpoint, options)
+    return recorder.record(directory, note=note, report=report, is_forced=is_forced)
 
-    `is_forced` drops what was recorded in `directory` before. The pipeline runs in float32 on the
-    CPU. Raises `CalibrationError` where `directory` was recorded with other settings or a velocity
-    is not finite.
-    """
-    from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)
-        PipelineSampler,
-        load_pipeline,
+
+Wanted = Sequence[int] | Goal
+"""What is baked for: budgets, or a quality."""
+
+
+def bake_wanted(
+    trajectories: Trajectories,
+    wanted: Wanted,
+    options: BakeOptions | None = None,
+    network: VelocityField | None = None,
+    *,
+    note: Note = lambda _: None,
+) -> tuple[Schedule, ...]:
+    """`bake_schedules`, or the one that `bake_for_goal` finds; then all that was tried is noted."""
+    if not isinstance(wanted, Goal):
+        return bake_schedules(trajectories, wanted, options, network)
+    found, tried = bake_for_goal(trajectories, wanted, options, network)
+    for schedule in tried:
+        note(_attempt(schedule, wanted))
+    return (found,)
+
+
+def _attempt(schedule: Schedule, goal: Goal) -> str:
+    evidence = schedule.calibration
+    assert evidence is not None
+    assert evidence.target is not None
+    fidelity, sure = evidence.fidelity, evidence.target.confidence
+    if fidelity is None:
+        return f"{schedule.budget} evaluations: every step"
+    return (
+        f"{schedule.budget} evaluations: {fidelity.psnr.mean:.1f} dB, 5th percentile "
+        f"{fidelity.psnr.p5:.1f} dB; {goal.describe()} with probability {sure:.2f}"
     )
-
-    family, configs = _family(checkpoint)
-    text_tokens = options.text_tokens or family.default_text_tokens(configs)
-    call = pipeline_call(checkpoint, options)
-    prompts = [
-        Prompt(options.prompts[index % len(options.prompts)], seed=index)
-        for index in range(options.samples)
-    ]
-    note(f"calibrate: recording {len(prompts)} samples of {options.steps} steps")
-    if is_forced:
-        discard(directory)
-    sampler = PipelineSampler(load_pipeline(checkpoint.path), call)
-    model = identify(checkpoint)
-    settings = sampler.settings(
-        prompts[0],
-        family=family.name,
-        model=ModelReference(name=model.name, digest=model.digest),
-        text_tokens=text_tokens,
-    )
-    return record(directory, settings, sampler, prompts, report)
-
-
-def pipeline_call(checkpoint: Checkpoint, options: RecordOptions) -> PipelineCall:
-    """How the checkpoint's diffusers pipeline is called; needs torch and diffusers."""
-    from meancache_trt.calibration.recording import PipelineCall  # noqa: PLC0415  (imports torch)
-
-    family, configs = _family(checkpoint)
-    scale = options.guidance_scale
-    text_tokens = options.text_tokens or family.default_text_tokens(configs)
-    return PipelineCall(
-        steps=options.steps,
-        height=options.size[0],
-        width=options.size[1],
-        frames=default_frames(family, configs) if options.frames is None else options.frames,
-        guidance_scale=family.guidance(configs).default_scale if scale is None else scale,
-        guidance_argument=family.guidance_argument,
-        options=_call_options(family, configs, text_tokens),
-    )
-
-
-def _family(checkpoint: Checkpoint) -> tuple[Family, Configs]:
-    family = detect(checkpoint.path)
-    parts = ("transformer", "vae", "scheduler", *family.text_components)
-    return family, checkpoint.configs(parts)
-
-
-def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[str, str | int]:
-    """Further arguments, with which the diffusers pipeline does what a render does by default."""
-    options: dict[str, str | int] = {}
-    if family.text_tokens_argument:
-        options[family.text_tokens_argument] = text_tokens
-    if family.guidance(configs).is_classifier_free:
-        options["negative_prompt"] = ""  # given none, diffusers leaves guidance out
-    return options
 
 
 def bake_for(
     bundle: Bundle,
     trajectories: Trajectories,
-    budgets: Sequence[int],
+    wanted: Wanted,
     options: BakeOptions | None = None,
     *,
     backend: str = "auto",
     threads: int = 0,
+    note: Note = lambda _: None,
 ) -> tuple[Schedule, ...]:
-    """`bake_schedules`, with the bundle's engine for methods that run the network.
+    """`bake_wanted` with the bundle's engine, so that schedules say how close pictures come.
 
-    Raises `RuntimeUnavailableError` where one does and the backend cannot run here.
+    Raises `RuntimeUnavailableError` where the backend cannot run here.
     """
-    if options is None or options.method != FITTED:
-        return bake_schedules(trajectories, budgets, options)
     with (
         Pipeline(bundle, backend=backend, threads=threads) as pipeline,
         engine_field(pipeline, trajectories) as field,
     ):
-        return bake_schedules(trajectories, budgets, options, field)
+        return bake_wanted(trajectories, wanted, options, field, note=note)
 
 
 def bake_into(
     bundle: Bundle,
     trajectories: Trajectories,
-    budgets: Sequence[int],
+    wanted: Wanted,
     options: BakeOptions | None = None,
     *,
     backend: str = "auto",
     threads: int = 0,
+    note: Note = lambda _: None,
 ) -> list[Schedule]:
     """Add to `bundle` a schedule for each budget, and `full`, which evaluates every step.
 
     A schedule is called bN after its budget, or bN-WIDTHxHEIGHT where it is calibrated for a
-    resolution other than the bundle's default. `full` is the same for every resolution. For
-    `backend` and `threads` see `bake_for`.
+    resolution other than the bundle's default. `full` is the same for every resolution. What is
+    worse than Euler is noted. For the other arguments see `bake_for`.
     """
     settings = trajectories.settings
     full = bake(
@@ -348,18 +283,31 @@ def bake_into(
         name="full",
         family=settings.family,
     )
-    chosen = [
-        named_in(bundle, schedule, f"b{schedule.budget}")
-        for schedule in bake_for(
-            bundle, trajectories, budgets, options, backend=backend, threads=threads
-        )
-    ]
+    baked = bake_for(
+        bundle, trajectories, wanted, options, backend=backend, threads=threads, note=note
+    )
+    chosen = [named_in(bundle, schedule, f"b{schedule.budget}") for schedule in baked]
     is_default = not _suffix(bundle, grid_size(settings.grid))
     if is_default or full.name not in bundle.schedule_names():
         bundle.add_schedule(full)
     for schedule in chosen:
         bundle.add_schedule(schedule)
+        warn_of(schedule, note)
     return chosen
+
+
+def warn_of(schedule: Schedule, note: Note) -> None:
+    """Note a schedule that is worse than Euler on its own nodes."""
+    evidence = schedule.calibration
+    if evidence is None or not evidence.is_worse_than_euler:
+        return
+    assert evidence.fidelity is not None
+    assert evidence.euler is not None
+    note(
+        f"warning: schedule {schedule.name} ({schedule.method}) is worse than Euler on the same "
+        f"nodes, {evidence.fidelity.psnr.mean:.1f} against {evidence.euler.psnr.mean:.1f} dB on "
+        "average; use --method fitted"
+    )
 
 
 def named_in(bundle: Bundle, schedule: Schedule, name: str | None = None) -> Schedule:

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from meancache_trt import build as stages
-from meancache_trt.build import Note, Report
 from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.metrics import compare as psnr_summary
 from meancache_trt.conditioning import Conditioning
@@ -22,6 +21,7 @@ from meancache_trt.meancache.probe import Probe
 from meancache_trt.meancache.runtime import Graph
 from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.plan import plan
+from meancache_trt.record import Note, RecordOptions, Report
 from meancache_trt.render import Pipeline, Rendering
 from meancache_trt.session import Session
 from meancache_trt.standins import DEMO_PROMPTS
@@ -84,9 +84,7 @@ def _build(directory: Path, threads: int, note: Note, report: Report) -> Bundle:
     bundle = stages.export(
         checkpoint, directory / "flux.mcb", exporting, note=note, is_forced=False
     )
-    recording = stages.RecordOptions(
-        size=size, prompts=stages.default_prompts(checkpoint), steps=STEPS
-    )
+    recording = RecordOptions(size=size, prompts=stages.default_prompts(checkpoint), steps=STEPS)
     trajectories = stages.record_pipeline(
         checkpoint, directory / "calibration", recording, note=note, report=report
     )

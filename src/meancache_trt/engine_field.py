@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from meancache_trt.calibration.trajectories import Array, Prompt, Trajectories
+from meancache_trt.calibration.velocity_field import batch_of
 from meancache_trt.conditioning import Conditioning, paired
 from meancache_trt.errors import CalibrationError
+from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.hashing import digest_of
-from meancache_trt.meancache.schedule import Evidence, Schedule, bake
+from meancache_trt.meancache.schedule import Schedule, bake
 from meancache_trt.render import Pipeline
 from meancache_trt.session import Session
 
@@ -25,7 +28,7 @@ class EngineField:
         pipeline: must outlive the field.
         trajectories: their settings are what the network is run with.
         directory: where each distinct prompt's embedding is kept, read when it is needed.
-        batch: samples at a time; what one costs does not depend on the others.
+        batch: samples at a time, by default as many as `batch_of` says.
 
     Raises:
         MeanCacheError: where the trajectories belong to another model, size, grid, guidance scale,
@@ -33,27 +36,55 @@ class EngineField:
     """
 
     def __init__(
-        self, pipeline: Pipeline, trajectories: Trajectories, directory: Path, *, batch: int = 1
+        self,
+        pipeline: Pipeline,
+        trajectories: Trajectories,
+        directory: Path,
+        *,
+        batch: int | None = None,
     ) -> None:
         grid = trajectories.grid
-        self._pipeline, self._directory, self.batch = pipeline, directory, batch
+        self._pipeline, self._directory = pipeline, directory
         self._resolution = pipeline.resolution(grid.height, grid.width, grid.frames)
+        size = math.prod(self._resolution.latent_shape)
+        self.batch = batch or batch_of(size, len(trajectories))
         _check_text(pipeline, trajectories)
-        schedule = pipeline.schedule(
-            _all_steps(trajectories), trajectories.settings.guidance_scale, self._resolution
-        )
-        self._guidance_scale = pipeline.guidance(schedule.guidance_scale)
-        self._session = Session(pipeline.graphs, schedule, self._resolution, batch=batch)
+        self._settings = settings = trajectories.settings
+        lowest = settings.guidance_range[0] if settings.guidance_range else settings.guidance_scale
+        self._schedule = pipeline.schedule(_all_steps(trajectories), lowest, self._resolution)
+        self._sessions: dict[int, Session] = {}
 
     def __call__(self, prompts: Sequence[Prompt], latents: Array, step: int) -> Array:
         """See `VelocityField`. A batch that is not full is filled up with its last sample."""
-        chosen = [*range(len(prompts)), *[len(prompts) - 1] * (self.batch - len(prompts))]
-        conditionings = [self._conditioning(prompts[index].text) for index in chosen]
-        shape = (self.batch, *self._resolution.latent_shape)
-        velocities = self._session.evaluate(
-            step, latents[chosen].reshape(shape), _joined(conditionings), self._guidance_scale
+        session, chosen = self._session(len(prompts))
+        filled = [prompts[index] for index in chosen]
+        conditionings = [self._conditioning(prompt.text) for prompt in filled]
+        velocities = session.evaluate(
+            step, self._shaped(latents[chosen]), _joined(conditionings), self._guidance(filled)
         )
         return velocities[: len(prompts)].reshape(len(prompts), -1)
+
+    def pictures(self, latents: Array) -> Array:
+        """See `VelocityField`."""
+        session, chosen = self._session(len(latents))
+        return session.decode(self._shaped(latents[chosen]))[: len(latents)]
+
+    def _session(self, count: int) -> tuple[Session, list[int]]:
+        """A session for one sample or for a full batch, and which samples fill it."""
+        size = 1 if count == 1 else self.batch
+        if size not in self._sessions:
+            self._sessions[size] = Session(
+                self._pipeline.graphs, self._schedule, self._resolution, batch=size
+            )
+        return self._sessions[size], [*range(count), *[count - 1] * (size - count)]
+
+    def _guidance(self, prompts: Sequence[Prompt]) -> Array | None:
+        """The scale of each prompt, or None where the model takes none."""
+        scales = [self._pipeline.guidance(self._settings.guidance_of(p)) for p in prompts]
+        return None if None in scales else np.array(scales, np.float32)
+
+    def _shaped(self, latents: Array) -> Array:
+        return latents.reshape(len(latents), *self._resolution.latent_shape)
 
     def _conditioning(self, text: str) -> Conditioning:
         """What the network is fed for a text, and for the empty one where guidance is classic."""
@@ -68,7 +99,7 @@ class EngineField:
 
 @contextlib.contextmanager
 def engine_field(
-    pipeline: Pipeline, trajectories: Trajectories, *, batch: int = 1
+    pipeline: Pipeline, trajectories: Trajectories, *, batch: int | None = None
 ) -> Iterator[EngineField]:
     """An `EngineField` whose embeddings are gone at the end of the `with`."""
     with tempfile.TemporaryDirectory() as directory:
@@ -94,6 +125,7 @@ def _all_steps(trajectories: Trajectories) -> Schedule:
         family=settings.family,
         model=settings.model,
         guidance_scale=settings.guidance_scale,
+        guidance_range=settings.guidance_range,
         precision=settings.precision,
         calibration=Evidence(samples=len(trajectories), seconds=trajectories.seconds),
     )

@@ -28,6 +28,7 @@ from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.tiling import levels
 
 WrapGraph = Callable[[Graph], Graph]
+Guidance = float | NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Session:
         self,
         noise: NDArray[np.float32],
         conditioning: Mapping[str, NDArray[np.float32]],
-        guidance_scale: float | None,
+        guidance_scale: Guidance,
         on_evaluation: OnEvaluation | None = None,
         *,
         vae_tiling: bool = False,
@@ -129,7 +130,7 @@ class Session:
             noise: unpacked, (batch, *resolution.noise_shape), float32.
             conditioning: by transformer input name, batch first; under classifier-free guidance
                 that of the prompts, then that of the negative prompts.
-            guidance_scale: None where the model takes none.
+            guidance_scale: of all pictures, or of each (batch,); None where the model takes none.
             on_evaluation: see `DenoisingLoop.run`.
             vae_tiling: decode in tiles in space too, where the picture is larger than one.
 
@@ -146,15 +147,14 @@ class Session:
         self._graphs.runtime.synchronize()
         loop_ms = 1e3 * (time.perf_counter() - start)
         latents = self.loop.result()
-        pictures = np.ascontiguousarray(np.moveaxis(decoder.run(), 1, -1))
-        return Batch(latents, pictures, loop_ms)
+        return Batch(latents, _channels_last(decoder.run()), loop_ms)
 
     def evaluate(
         self,
         node: int,
         latents: NDArray[np.float32],
         conditioning: Mapping[str, NDArray[np.float32]],
-        guidance_scale: float | None,
+        guidance_scale: Guidance,
     ) -> NDArray[np.float32]:
         """The velocities of a batch at the timestep of a node, after guidance.
 
@@ -166,18 +166,26 @@ class Session:
         self._graphs.runtime.synchronize()
         return self.loop.evaluate(node, latents)
 
+    def decode(
+        self, latents: NDArray[np.float32], *, vae_tiling: bool = False
+    ) -> NDArray[np.float32]:
+        """Pictures of final latents (batch, *resolution.latent_shape), float32; see `run`."""
+        self.loop.final.write(latents)
+        return _channels_last(self._decoder(vae_tiling=vae_tiling).run())
+
     def _write(
         self,
         noise: NDArray[np.float32] | None,
         conditioning: Mapping[str, NDArray[np.float32]],
-        guidance_scale: float | None,
+        guidance_scale: Guidance,
     ) -> None:
         for name, tensor in self._inputs.items():
             match self._records[name].role:
                 case "noise" if noise is not None:
                     tensor.write(noise)
                 case "guidance_scale":
-                    tensor.write(np.full(tensor.shape, guidance_scale, tensor.dtype))
+                    scales = np.asarray(guidance_scale, tensor.dtype)
+                    tensor.write(np.ascontiguousarray(np.broadcast_to(scales, tensor.shape)))
                 case "conditioning" | "text_mask":
                     tensor.write(_named(conditioning, name))
 
@@ -222,6 +230,10 @@ class Session:
                 levels=levels(export.tiling, is_space_tiled=vae_tiling),
             )
         return self._decoders[vae_tiling]
+
+
+def _channels_last(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(np.moveaxis(images, 1, -1))
 
 
 def _named(conditioning: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:

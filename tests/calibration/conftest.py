@@ -56,6 +56,12 @@ class FormulaField:
     batch: int = 2
     evaluations: int = 0
 
+    def pictures(self, latents: Array) -> Array:
+        """A tile for each value, gray where it is 0: as large as SSIM's window takes."""
+        assert len(latents) <= self.batch
+        tiles = 1 / (1 + np.exp(-latents.reshape(-1, *SHAPE)))
+        return tiles.repeat(6, axis=1).repeat(2, axis=2)[..., None].astype(np.float32)
+
     def __call__(self, prompts: Sequence[Prompt], latents: Array, step: int) -> Array:
         assert len(prompts) == len(latents) <= self.batch
         self.evaluations += len(prompts)

@@ -67,7 +67,7 @@ def test_refitted_spans_err_no_more_than_those_of_the_path(trajectories: Traject
     for budget in range(2, 12):
         totals = []
         for is_refitted in (True, False):
-            options = BakeOptions(is_refitted=is_refitted, max_span=6)
+            options = BakeOptions("official", is_refitted=is_refitted, max_span=6)
             (found,) = bake_schedules(trajectories, [budget], options)
             errors = interval_errors(gram, sigmas, found.nodes, found.weights)
             totals.append((errors**options.gamma).sum())
@@ -75,7 +75,7 @@ def test_refitted_spans_err_no_more_than_those_of_the_path(trajectories: Traject
 
 
 def test_a_calibrated_schedule_is_refused_elsewhere(trajectories: Trajectories) -> None:
-    (schedule,) = bake_schedules(trajectories, [4])
+    (schedule,) = bake_schedules(trajectories, [4], BakeOptions("official"))
     with pytest.raises(ScheduleError, match="calibrated on another grid"):
         schedule.fit_to(make_grid(12, shift=5.0), 3.5)
     with pytest.raises(ScheduleError, match=r"guidance scale 3\.5, found 6\.0"):
@@ -108,7 +108,7 @@ def test_an_unknown_method_is_an_error(trajectories: Trajectories) -> None:
 def test_a_grid_shorter_than_the_longest_span_can_be_calibrated(
     trajectories: Trajectories,
 ) -> None:
-    options = BakeOptions(max_span=100)
+    options = BakeOptions("official", max_span=100)
     (schedule,) = bake_schedules(trajectories, [3], options)
     assert schedule.spans is not None
     assert max(schedule.spans) <= 12

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.calibration.conftest import FormulaField
 
-from meancache_trt.calibration.baking import BakeOptions, bake_schedules
-from meancache_trt.calibration.fitted import check_field, fitted_choices, mean_error
+from meancache_trt.calibration.baking import BakeOptions, bake_for_goal, bake_schedules
+from meancache_trt.calibration.fidelity import Judge, judging, mean_error
+from meancache_trt.calibration.fitted import check_field, fitted_choices
 from meancache_trt.calibration.refit import mean_gram
-from meancache_trt.calibration.sequential_fit import FitOptions, fit_rows
+from meancache_trt.calibration.sequential_fit import fit_rows
+from meancache_trt.calibration.target import Goal
 from meancache_trt.calibration.trajectories import Array, Prompt, Trajectories
 from meancache_trt.calibration.two_term import two_term_edges
 from meancache_trt.errors import CalibrationError, ScheduleError
-from meancache_trt.meancache.schedule import bake, load_schedule, save_schedule
+from meancache_trt.meancache.schedule import Schedule, bake, load_schedule, save_schedule
 from meancache_trt.meancache.sigmas import make_grid
 
 FITTED = BakeOptions(method="fitted")
 
 
-def test_error_falls_as_evaluations_are_added(samples: Trajectories, network: FormulaField) -> None:
-    schedules = bake_schedules(samples, (1, 2, 4, 6, 8), FITTED, network)
-    errors = [s.calibration.held_out_error for s in schedules if s.calibration]
-    assert errors == sorted(errors, reverse=True)  # type: ignore[type-var]
-    assert errors[-1] < errors[0] / 100  # type: ignore[operator]
+def psnr_of(schedule: Schedule) -> float:
+    assert schedule.calibration is not None
+    assert schedule.calibration.fidelity is not None
+    return schedule.calibration.fidelity.psnr.mean
+
+
+def test_pictures_come_closer_as_evaluations_are_added(
+    samples: Trajectories, network: FormulaField
+) -> None:
+    found = [psnr_of(s) for s in bake_schedules(samples, (1, 2, 4, 6, 8), FITTED, network)]
+    assert found == sorted(found)
+    assert found[-1] > found[0] + 20
 
 
 def test_all_steps_are_eulers_bit_for_bit(samples: Trajectories, network: FormulaField) -> None:
     (schedule,) = bake_schedules(samples, [12], FITTED, network)
     assert schedule.weights == bake("euler", samples.grid, range(12)).weights
-    assert network.evaluations == 1  # whether it is the network that was recorded
+    assert network.evaluations == 12  # whether it is the network that was recorded
+    assert schedule.calibration is not None
+    assert schedule.calibration.noise_floor == pytest.approx(100, abs=5)
 
 
 def test_a_schedule_carries_its_settings_and_evidence(
@@ -44,7 +55,12 @@ def test_a_schedule_carries_its_settings_and_evidence(
     evidence = schedule.calibration
     assert evidence is not None
     assert evidence.samples == 6
-    assert evidence.network_evaluations == 6 * 12 + network.evaluations - 1
+    assert evidence.network_evaluations == 6 * 12 + network.evaluations
+    assert evidence.candidates == len(FITTED.gammas) + 1
+    assert evidence.fidelity is not None
+    assert evidence.euler is not None
+    assert evidence.fidelity.psnr.mean > evidence.euler.psnr.mean
+    assert evidence.stability is not None
     assert evidence.gamma in FITTED.gammas
     assert evidence.edge_costs is not None
     assert len(evidence.edge_costs) == 4
@@ -56,10 +72,14 @@ def test_a_schedule_carries_its_settings_and_evidence(
         schedule.fit_to(make_grid(12, shift=5.0), 3.5)
 
 
-def test_edge_costs_are_those_of_the_nodes_taken(
-    samples: Trajectories, network: FormulaField
-) -> None:
-    choice = fitted_choices(samples, network, [2.0])(3)
+@pytest.fixture
+def judge(samples: Trajectories, network: FormulaField) -> Iterator[Judge]:
+    with judging(samples, network) as judge:
+        yield judge
+
+
+def test_edge_costs_are_those_of_the_nodes_taken(samples: Trajectories, judge: Judge) -> None:
+    choice = fitted_choices(judge, [2.0])(3)
     costs = two_term_edges(
         mean_gram(samples), samples.grid.array(), is_consistent=True
     ).costs  # γ = 2 is the root mean square
@@ -73,23 +93,33 @@ def test_edge_costs_are_those_of_the_nodes_taken(
     np.testing.assert_allclose(choice.edge_costs, wanted, rtol=1e-4)
 
 
-def test_the_candidate_that_ends_nearest_on_held_out_samples_is_taken(
+def test_the_candidate_with_the_best_held_out_pictures_is_taken(judge: Judge) -> None:
+    gammas = (0.3, 2.0, 12.0)
+    chosen = fitted_choices(judge, gammas)(4)
+    alone = [fitted_choices(judge, [gamma])(4) for gamma in gammas]
+    assert len({choice.nodes for choice in alone}) > 1
+    scores = [choice.outcome.score for choice in alone if choice.outcome]
+    assert chosen.outcome is not None
+    assert chosen.outcome.score == max(scores)
+    assert chosen.rows == fit_rows(judge.trajectories, judge.field, chosen.nodes).rows
+
+
+def test_equal_paths_are_fitted_once(judge: Judge, network: FormulaField) -> None:
+    choice = fitted_choices(judge, [2.0, 2.0, 2.0])(5)
+    assert choice.evaluations == network.evaluations == 6 * 4
+    assert choice.candidates == 3
+
+
+def test_the_network_runs_no_more_than_the_candidates_need(
     samples: Trajectories, network: FormulaField
 ) -> None:
-    gammas = (0.3, 2.0, 12.0)
-    chosen = fitted_choices(samples, network, gammas)(4)
-    alone = [fitted_choices(samples, network, [gamma])(4) for gamma in gammas]
-    assert len({choice.nodes for choice in alone}) > 1
-    errors = [choice.held_out_error for choice in alone]
-    assert chosen.held_out_error == min(errors)  # type: ignore[type-var]
-    held_out = fit_rows(samples, network, chosen.nodes, FitOptions())
-    assert chosen.held_out_error == mean_error(held_out.errors)
-    assert chosen.rows == fit_rows(samples, network, chosen.nodes, FitOptions(folds=1)).rows
-
-
-def test_equal_paths_are_fitted_once(samples: Trajectories, network: FormulaField) -> None:
-    choice = fitted_choices(samples, network, [2.0, 2.0, 2.0])(5)
-    assert choice.evaluations == network.evaluations - 1 == 2 * 6 * 4
+    for budget in (2, 4, 8):
+        (schedule,) = bake_schedules(samples, [budget], FITTED, network)
+        evidence = schedule.calibration
+        assert evidence is not None
+        assert evidence.network_evaluations is not None
+        assert evidence.candidates is not None
+        assert evidence.network_evaluations <= 6 * 12 + 6 * budget * evidence.candidates
 
 
 def test_the_field_that_was_recorded_is_known_again(
@@ -113,14 +143,54 @@ def test_without_a_network_nothing_is_fitted(samples: Trajectories) -> None:
         bake_schedules(samples, [4], FITTED)
 
 
-def test_too_few_samples_are_refused(trajectories: Trajectories, network: FormulaField) -> None:
-    with pytest.raises(CalibrationError, match="4 folds, found 3 samples"):
-        bake_schedules(trajectories, [4], FITTED, network)
+def test_too_few_samples_are_refused(samples: Trajectories, network: FormulaField) -> None:
+    alone = Trajectories(samples.directory, samples.settings, samples.samples[:1])
+    with pytest.raises(CalibrationError, match="needs at least 2, found 1"):
+        bake_schedules(alone, [4], FITTED, network)
 
 
-def test_other_methods_do_not_run_the_network(samples: Trajectories, network: FormulaField) -> None:
-    bake_schedules(samples, [4], BakeOptions(), network)
-    assert network.evaluations == 0
+def test_other_methods_run_the_network_only_to_be_measured(
+    samples: Trajectories, network: FormulaField
+) -> None:
+    options = BakeOptions("official")
+    (unmeasured,) = bake_schedules(samples, [4], options)
+    (measured,) = bake_schedules(samples, [4], options, network)
+    assert measured.weights == unmeasured.weights
+    assert unmeasured.calibration is not None
+    assert unmeasured.calibration.fidelity is None
+    assert measured.calibration is not None
+    assert measured.calibration.fidelity is not None
+    # the network checked and its floor, the schedule, and Euler on its nodes
+    assert network.evaluations == 12 + 2 * 6 * 3
+
+
+def test_a_schedule_that_is_worse_than_euler_says_so(
+    samples: Trajectories, network: FormulaField
+) -> None:
+    (fitted,) = bake_schedules(samples, [3], FITTED, network)
+    (ab2,) = bake_schedules(samples, [3], BakeOptions("ab2", placement="even"), network)
+    assert fitted.calibration is not None
+    assert ab2.calibration is not None
+    assert not fitted.calibration.is_worse_than_euler
+    assert ab2.calibration.is_worse_than_euler
+
+
+def test_a_goal_is_reached_by_the_smallest_budget(
+    samples: Trajectories, network: FormulaField
+) -> None:
+    found, tried = bake_for_goal(samples, Goal(45.0, 5.0), FITTED, network)
+    assert found in tried
+    confidences = {s.budget: s.calibration.target.confidence for s in tried}  # type: ignore[union-attr]
+    assert confidences[found.budget] >= 0.95
+    assert all(sure < 0.95 for budget, sure in confidences.items() if budget < found.budget)
+    assert 1 < found.budget < 12
+    every_step, _ = bake_for_goal(samples, Goal(99.9), FITTED, network)
+    assert every_step.budget == 12
+
+
+def test_a_goal_needs_pictures(samples: Trajectories) -> None:
+    with pytest.raises(CalibrationError, match=r"only be judged in pictures.*give the bundle"):
+        bake_for_goal(samples, Goal(45.0), BakeOptions("official"))
 
 
 def test_errors_are_averaged_as_decibels_are() -> None:

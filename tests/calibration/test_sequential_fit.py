@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tests.calibration.conftest import FieldSampler, FormulaField
 
-from meancache_trt.calibration.sequential_fit import FitOptions, fit_row, fit_rows
+from meancache_trt.calibration.sequential_fit import FitOptions, fit_row, fit_rows, follow_rows
 from meancache_trt.calibration.trajectories import (
     Array,
     Prompt,
@@ -71,7 +71,8 @@ def in_memory(
     v = np.stack([t.velocities for t in recorded]).astype(float)
     x = np.stack([t.initial for t in recorded])
     norms = np.linalg.norm(np.stack([t.final for t in recorded]).astype(float), axis=1)
-    steps, fold = np.diff(samples.grid.array()), np.arange(len(recorded)) % options.folds
+    folds = min(options.folds, len(recorded))
+    steps, fold = np.diff(samples.grid.array()), np.arange(len(recorded)) % folds
     ends, gap, past, rows = [*nodes[1:], samples.grid.steps], np.zeros(x.shape), [], []
     for n, node in enumerate(nodes):
         velocity = v[:, 0]
@@ -97,7 +98,7 @@ def in_memory(
 
         everyone = np.ones(len(fold), bool)
         rows.append(solved(everyone))
-        used = [solved(fold != f if options.folds > 1 else everyone) for f in fold]
+        used = [solved(fold != f if folds > 1 else everyone) for f in fold]
         moved = np.stack([np.tensordot(w, [p[s] for p in past], 1) for s, w in enumerate(used)])
         x, gap = (x + moved).astype(np.float32), gap - moved
     return rows, np.linalg.norm(gap, axis=1) / norms
@@ -265,11 +266,34 @@ def test_a_trajectory_that_leaves_its_recording_is_an_error(samples: Trajectorie
         fit_rows(samples, Wild(samples.grid), NODES)
 
 
-def test_fewer_samples_than_folds_are_an_error(
-    trajectories: Trajectories, network: FormulaField
-) -> None:
-    with pytest.raises(CalibrationError, match="in 4 folds, found 3 samples; record more"):
-        fit_rows(trajectories, network, NODES)
+def test_there_are_no_more_folds_than_samples(samples: Trajectories, network: FormulaField) -> None:
+    one_by_one = fit_rows(samples, network, NODES, FitOptions(folds=6))
+    many = fit_rows(samples, network, NODES, FitOptions(folds=99))
+    assert many.rows == one_by_one.rows
+    assert (many.errors == one_by_one.errors).all()
+
+
+def test_a_single_sample_cannot_be_held_out(samples: Trajectories, network: FormulaField) -> None:
+    alone = Trajectories(samples.directory, samples.settings, samples.samples[:1])
+    with pytest.raises(CalibrationError, match="needs at least 2, found 1; record more"):
+        fit_rows(alone, network, NODES)
+    fit_rows(alone, network, NODES, FitOptions(folds=1))
+
+
+def test_a_table_that_is_given_is_followed(samples: Trajectories, network: FormulaField) -> None:
+    rows = fit_rows(samples, network, NODES, FitOptions(folds=1)).rows
+    ends: dict[int, Array] = {}
+
+    def keep(chunk: Sequence[int], latents: Array) -> None:
+        ends.update(zip(chunk, latents, strict=True))
+
+    found = follow_rows(samples, network, NODES, rows, keep)
+    assert found.rows == rows
+    # the recording's float32 latents against the sum of its float32 velocities
+    np.testing.assert_allclose(found.errors, run_rows(samples, network, rows), atol=1e-5)
+    for index, sample in enumerate(samples):
+        error = np.linalg.norm(ends[index] - sample.final) / np.linalg.norm(sample.final)
+        assert found.errors[index] == pytest.approx(error, abs=1e-5)
 
 
 def test_a_recording_over_another_grid_is_an_error(

@@ -14,6 +14,7 @@ from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.engine_field import engine_field
 from meancache_trt.export import export_components
 from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
 from tests.export.tiny_qwen_image import tiny_pipeline
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_velocities_are_the_guided_ones_that_were_recorded(folder: Path) -> None:
-    options = stages.RecordOptions(
+    options = RecordOptions(
         size=(HEIGHT, WIDTH), prompts=("a red dog", "two cats"), steps=STEPS, samples=2
     )
     recorded = stages.record_pipeline(

@@ -20,6 +20,7 @@ from meancache_trt.export.qwen_image import QWEN_IMAGE
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.schedule import Schedule, bake
+from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
 from meancache_trt.session import Session
 from tests.export.test_pipeline import Arrays, Graphs
@@ -351,7 +352,7 @@ def test_batch_of_two_equals_two_singles(pipeline: Pipeline, full: Schedule) -> 
 def test_calibration_records_the_guided_pipeline(
     folder: Path, diffusers_pipeline: QwenImagePipeline, tmp_path: Path
 ) -> None:
-    options = stages.RecordOptions(size=(HEIGHT, WIDTH), prompts=(PROMPT,), steps=STEPS, samples=1)
+    options = RecordOptions(size=(HEIGHT, WIDTH), prompts=(PROMPT,), steps=STEPS, samples=1)
     (recorded,) = stages.record_pipeline(
         Checkpoint(folder), tmp_path, options, note=lambda _: None, report=lambda *_: None
     )

@@ -22,6 +22,7 @@ from meancache_trt.export.profiles import ShapeRange, profile
 from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.schedule import Schedule, bake
+from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline, Rendering
 from meancache_trt.session import Session
 from meancache_trt.shapes import PictureSize, Range
@@ -180,7 +181,7 @@ def test_a_batch_of_two_equals_two_singles_at_each_resolution(both: Pipeline) ->
 
 
 def record(case: Case, directory: Path, size: PictureSize) -> Any:
-    options = stages.RecordOptions(
+    options = RecordOptions(
         size=(size.height, size.width), frames=size.frames, prompts=("a",), steps=STEPS, samples=1
     )
     return stages.record_pipeline(

@@ -19,7 +19,8 @@ from tests.export import tiny_flux, tiny_qwen_image
 
 from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
-from meancache_trt.meancache.schedule import Evidence, Schedule, bake
+from meancache_trt.meancache.evidence import Evidence
+from meancache_trt.meancache.schedule import Schedule, bake
 from meancache_trt.meancache.sigmas import make_grid
 from meancache_trt.meancache.strength import begin_at, first_step
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from meancache_trt.errors import ScheduleError
+from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.methods import METHODS, get_method
-from meancache_trt.meancache.schedule import Evidence, Schedule, bake
+from meancache_trt.meancache.schedule import Schedule, bake
 from meancache_trt.meancache.sigmas import make_grid
 from meancache_trt.meancache.strength import begin_at, first_step
 

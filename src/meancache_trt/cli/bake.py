@@ -13,10 +13,10 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.baking import (
     DEFAULT_METHOD,
     BakeOptions,
-    bake_schedules,
     bakeable_methods,
 )
 from meancache_trt.calibration.placements import PLACEMENTS
+from meancache_trt.calibration.target import Goal
 from meancache_trt.calibration.trajectories import load_trajectories
 from meancache_trt.cli import options
 from meancache_trt.cli.output import note, print_json, show_schedule
@@ -34,6 +34,9 @@ from meancache_trt.meancache.sigmas import make_grid
     help="What `calibrate` wrote: nodes and spans are chosen from its trajectories.",
 )
 @click.option("--budget", type=int, help="Network evaluations an image, with --calibration.")
+@options.target_psnr
+@options.percentile
+@options.confidence
 @click.option(
     "--method",
     type=click.Choice(bakeable_methods()),
@@ -63,6 +66,9 @@ def bake(
     preset: str | None,
     calibration: Path | None,
     budget: int | None,
+    target_psnr: float | None,
+    percentile: float | None,
+    confidence: float,
     method: str | None,
     placement: str | None,
     nodes: tuple[int, ...] | None,
@@ -95,7 +101,9 @@ def bake(
         schedule = load_preset(preset, height=height, width=width)
     elif calibration is not None:
         choosing = BakeOptions(method=method or DEFAULT_METHOD, placement=placement)
-        schedule = _from_calibration(calibration, budget, choosing, opened)
+        budgets = () if budget is None else ((budget,),)
+        wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, ())
+        schedule = _from_calibration(calibration, wanted, choosing, opened)
     else:
         assert nodes is not None
         if method == FITTED:
@@ -120,7 +128,10 @@ def bake(
 _SOURCES = ("--preset", "--calibration", "--nodes")
 _APPLIES = {
     "--preset": ("height", "width"),
-    "--calibration": ("budget", "method", "placement"),
+    "--calibration": (
+        *("budget", "target_psnr", "percentile", "confidence"),
+        *("method", "placement"),
+    ),
     "--nodes": (
         *("method", "spans", "steps", "shift", "mu", "shift_terminal"),
         *("height", "width", "guidance_scale"),
@@ -141,17 +152,22 @@ def _refuse_what_does_not_apply(*is_given: bool) -> None:
 
 
 def _from_calibration(
-    directory: Path, budget: int | None, choosing: BakeOptions, bundle: Bundle | None
+    directory: Path, wanted: stages.Wanted, choosing: BakeOptions, bundle: Bundle | None
 ) -> Schedule:
-    if budget is None:
-        raise click.UsageError("--calibration needs --budget")
-    if choosing.method == FITTED and bundle is None:
-        raise click.UsageError("--method fitted runs the network; give its --bundle")
+    if not wanted:
+        raise click.UsageError("--calibration needs --budget or --target-psnr")
+    is_run = choosing.method == FITTED or isinstance(wanted, Goal)
+    if is_run and bundle is None:
+        raise click.UsageError(
+            "fitted schedules and --target-psnr run the network; give its --bundle, or a --budget "
+            "and another --method"
+        )
     trajectories = load_trajectories(directory)
     if bundle is None:
-        (schedule,) = bake_schedules(trajectories, [budget], choosing)
+        (schedule,) = stages.bake_wanted(trajectories, wanted, choosing)
     else:
-        (schedule,) = stages.bake_for(bundle, trajectories, [budget], choosing)
+        (schedule,) = stages.bake_for(bundle, trajectories, wanted, choosing, note=note)
+    stages.warn_of(schedule, note)
     return schedule
 
 

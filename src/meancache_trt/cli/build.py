@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -10,19 +11,17 @@ import click
 
 from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
-from meancache_trt.calibration.baking import (
-    DEFAULT_METHOD,
-    BakeOptions,
-    bake_schedules,
-    bakeable_methods,
-)
+from meancache_trt.calibration.baking import BakeOptions
+from meancache_trt.calibration.target import Goal
+from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.cli import options
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
 from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.meancache.schedule import save_schedule
+from meancache_trt.meancache.schedule import Schedule, save_schedule
 from meancache_trt.plan import plan as plan_bundle
+from meancache_trt.record import Recorder, RecordOptions
 from meancache_trt.shapes import PictureSize, Range
 
 _samples = click.option(
@@ -37,13 +36,6 @@ _prompts = click.option(
     "file",
     type=click.Path(path_type=Path),
     help="Prompts to record, one a line; a packaged list by default.",
-)
-_budgets = click.option(
-    "--budget",
-    "budgets",
-    type=int,
-    multiple=True,
-    help="Network evaluations an image; may be given several times.",
 )
 _text_tokens = click.option(
     "--text-tokens", type=click.IntRange(min=1), help="Text length; by default the pipeline's."
@@ -88,15 +80,12 @@ _output = click.option(
 @options.batch
 @_text_tokens
 @options.steps
-@options.guidance_scale
-@_budgets
-@click.option(
-    "--method",
-    type=click.Choice(bakeable_methods()),
-    default=DEFAULT_METHOD,
-    show_default=True,
-    help="How skipped steps are estimated; fitted runs the network again while it bakes.",
-)
+@options.guidance_to_calibrate
+@options.budgets
+@options.target_psnr
+@options.percentile
+@options.confidence
+@options.method
 @_samples
 @_prompts
 @_weights
@@ -117,8 +106,11 @@ def build(
     batch: Range | None,
     text_tokens: int | None,
     steps: int,
-    guidance_scale: float | None,
-    budgets: tuple[int, ...],
+    guidance_scale: float | tuple[float, float] | None,
+    budgets: tuple[tuple[int, ...], ...],
+    target_psnr: float | None,
+    percentile: float | None,
+    confidence: float,
     method: str,
     samples: int,
     file: Path | None,
@@ -141,20 +133,23 @@ def build(
     schedules for that one, called bN-WIDTHxHEIGHT.
     """
     options.check_one_way(resolutions, height, width, frames)
+    wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, stages.DEFAULT_BUDGETS)
+    scale, scales = options.guidance_of(guidance_scale)
     hush_libraries()
     checkpoint = stages.find_model(model)
     known = None if force else output
     first, *further = resolutions or (_one_size(checkpoint, known, height, width, frames),)
     prompts = _prompts_of(checkpoint, file)
-    recording = stages.RecordOptions(
+    recording = RecordOptions(
         size=(first.height, first.width),
         frames=first.frames,
         prompts=prompts,
         steps=steps,
         samples=samples,
-        guidance_scale=guidance_scale,
+        guidance_scale=scale,
+        guidance_range=scales,
         text_tokens=text_tokens,
-        budgets=budgets or stages.DEFAULT_BUDGETS,
+        budgets=() if isinstance(wanted, Goal) else wanted,
     )
     exporting = stages.ExportOptions(
         size=(first.height, first.width),
@@ -177,10 +172,11 @@ def build(
     stages.bake_into(
         bundle,
         trajectories,
-        recording.budgets,
+        wanted,
         BakeOptions(method=method),
         backend=backend,
         threads=threads,
+        note=note,
     )
     plan_bundle(bundle, backend=backend, threads=threads)
     report_schedules(bundle, as_json=as_json)
@@ -253,10 +249,21 @@ def export(
 @options.frames
 @_text_tokens
 @options.steps
-@options.guidance_scale
+@options.guidance_to_calibrate
 @_samples
 @_prompts
-@_budgets
+@options.budgets
+@options.target_psnr
+@options.percentile
+@options.confidence
+@options.method
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Run the network by this bundle's engine; by default the diffusers pipeline runs it.",
+)
+@options.backend
+@options.threads
 @options.as_json
 def calibrate(
     model: str,
@@ -267,52 +274,80 @@ def calibrate(
     frames: int | None,
     text_tokens: int | None,
     steps: int,
-    guidance_scale: float | None,
+    guidance_scale: float | tuple[float, float] | None,
     samples: int,
     file: Path | None,
-    budgets: tuple[int, ...],
+    budgets: tuple[tuple[int, ...], ...],
+    target_psnr: float | None,
+    percentile: float | None,
+    confidence: float,
+    method: str,
+    bundle: Path | None,
+    backend: str,
+    threads: int,
     as_json: bool,
 ) -> None:
     """Record a checkpoint's own pipeline over all its steps, and bake schedules from that.
 
-    Can be interrupted and resumed. With --budget, schedules are written to OUTPUT/bN.json;
-    `bake --calibration OUTPUT` makes more later without running the network, and adds them to a
-    bundle. OUTPUT holds one resolution.
+    Can be interrupted and resumed. With --budget or --target-psnr, schedules are written to
+    OUTPUT/bN.json, for which the network runs again, along the schedules' own trajectories;
+    `bake --calibration OUTPUT` makes more later. OUTPUT holds one resolution.
     """
     options.check_one_way(resolutions, height, width, frames)
     if len(resolutions) > 1:
         raise click.UsageError("a calibration is of one resolution; give --resolution once")
+    wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, ())
+    scale, scales = options.guidance_of(guidance_scale)
     hush_libraries()
     checkpoint = stages.find_model(model)
     (size,) = resolutions or (_one_size(checkpoint, None, height, width, frames),)
-    recording = stages.RecordOptions(
-        size=(size.height, size.width),
-        frames=size.frames,
-        prompts=_prompts_of(checkpoint, file),
-        steps=steps,
-        samples=samples,
-        guidance_scale=guidance_scale,
-        text_tokens=text_tokens,
-        budgets=budgets,
+    recorder = Recorder(
+        checkpoint,
+        RecordOptions(
+            size=(size.height, size.width),
+            frames=size.frames,
+            prompts=_prompts_of(checkpoint, file),
+            steps=steps,
+            samples=samples,
+            guidance_scale=scale,
+            guidance_range=scales,
+            text_tokens=text_tokens,
+            budgets=() if isinstance(wanted, Goal) else wanted,
+        ),
     )
     with progress("calibrate") as report:
-        trajectories = stages.record_pipeline(
-            checkpoint, output, recording, note=note, report=report
+        trajectories = recorder.record(output, note=note, report=report)
+    schedules: tuple[Schedule, ...] = ()
+    choosing = BakeOptions(method=method)
+    if wanted and bundle is not None:
+        opened = Bundle.open(bundle)
+        schedules = stages.bake_for(
+            opened, trajectories, wanted, choosing, backend=backend, threads=threads, note=note
         )
-    schedules = bake_schedules(trajectories, budgets)
+    elif wanted:
+        network = recorder.field(trajectories)
+        schedules = stages.bake_wanted(trajectories, wanted, choosing, network, note=note)
     for schedule in schedules:
         save_schedule(schedule, output / f"b{schedule.budget}.json")
+        stages.warn_of(schedule, note)
+    _report_calibration(trajectories, schedules, as_json=as_json)
+
+
+def _report_calibration(
+    trajectories: Trajectories, schedules: Sequence[Schedule], *, as_json: bool
+) -> None:
+    recorded = len(trajectories) * trajectories.grid.steps
     if as_json:
         print_json(
             {
                 "samples": len(trajectories),
                 "seconds": trajectories.seconds,
-                "network_evaluations": len(trajectories) * trajectories.grid.steps,
+                "network_evaluations": recorded,
                 "schedules": [schedule_facts(schedule) for schedule in schedules],
             }
         )
         return
-    note(f"{len(trajectories)} samples in {output}, {trajectories.seconds:.1f} s of recording")
+    note(f"{len(trajectories)} samples, {trajectories.seconds:.1f} s of recording")
     if schedules:
         print_schedules(schedules)
 

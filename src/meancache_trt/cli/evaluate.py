@@ -47,11 +47,12 @@ if TYPE_CHECKING:
     "--methods",
     type=options.NAMES,
     default=(),
-    help="Instead: methods to bake from recordings, such as official,euler, or all.",
+    help="Instead: methods to bake from recordings: official,euler, or all. ab2-even is one at "
+    "another placement.",
 )
 @click.option(
     "--budgets",
-    type=options.NUMBERS,
+    type=options.BUDGETS,
     default=(),
     help="Evaluations an image for --methods: 6,10,15, which is the default.",
 )
@@ -320,7 +321,7 @@ def print_evaluation(evaluation: Evaluation, reference: ReferenceName) -> None:
     others = [row for row in (evaluation.full, evaluation.noise_floor) if row]
     print_table(
         columns,
-        [_cells(row, reference) for row in (*rows, *others) if row.fidelity(reference)],
+        [_cells(row, reference) for row in (*rows, *others) if row.comparison(reference)],
         title=f"against the model's own {steps} steps"
         if reference == "own"
         else f"against {steps} steps",
@@ -328,17 +329,17 @@ def print_evaluation(evaluation: Evaluation, reference: ReferenceName) -> None:
 
 
 def _cells(row: Row, reference: ReferenceName) -> list[str]:
-    fidelity = row.fidelity(reference)
-    if fidelity is None:
+    comparison = row.comparison(reference)
+    if comparison is None:
         raise InputError(f"{row.method} at {row.budget} evaluations lacks a comparison")
     return [
         row.method,
         str(row.budget),
         f"{row.ms_per_picture:.1f}",
-        *_summary(fidelity.psnr, "{:.2f}"),
-        *_summary(fidelity.ssim, "{:.4f}"),
-        *_summary(fidelity.latent_error, "{:.4f}"),
-        difference(fidelity.psnr),
+        *_summary(comparison.psnr, "{:.2f}"),
+        *_summary(comparison.ssim, "{:.4f}"),
+        *_summary(comparison.latent_error, "{:.4f}"),
+        difference(comparison.psnr),
     ]
 
 

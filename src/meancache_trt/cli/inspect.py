@@ -15,7 +15,7 @@ import msgspec
 
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.cli import options
-from meancache_trt.cli.output import print_json, print_table, show_schedule
+from meancache_trt.cli.output import decibels, print_json, print_table, show_schedule
 from meancache_trt.engine.select import available_backends
 from meancache_trt.meancache.schedule import Schedule, load_schedule
 from meancache_trt.selection import calibrated_size
@@ -149,15 +149,33 @@ def _ranges(ranges: Ranges) -> str:
 def print_schedules(schedules: Sequence[Schedule]) -> None:
     """Print one line a schedule."""
     print_table(
-        ["schedule", "evaluations", "of", "method", "history", "guidance scale", "calibrated at"],
         [
-            [s.name, s.budget, s.grid.steps, s.method, s.history, _scale(s), _size(s) or ""]
+            *("schedule", "evaluations", "of", "method", "history"),
+            *("guidance scale", "calibrated at", "PSNR dB", "5 %", "worst", "SSIM", "Euler dB"),
+        ],
+        [
+            [
+                *(s.name, s.budget, s.grid.steps, s.method, s.history),
+                *(_scale(s), _size(s) or "", *_fidelity(s)),
+            ]
             for s in schedules
         ],
     )
 
 
+def _fidelity(schedule: Schedule) -> list[str]:
+    """PSNR (mean, 5th percentile, worst) and SSIM of the samples, and Euler's PSNR."""
+    evidence = schedule.calibration
+    if evidence is None or evidence.fidelity is None:
+        return [decibels(None)] * 5
+    psnr, ssim = evidence.fidelity.psnr, evidence.fidelity.ssim
+    euler = None if evidence.euler is None else evidence.euler.psnr.mean
+    return [*map(decibels, (psnr.mean, psnr.p5, psnr.worst)), f"{ssim.mean:.4f}", decibels(euler)]
+
+
 def _scale(schedule: Schedule) -> str:
+    if schedule.guidance_range is not None:
+        return "{:g} to {:g}".format(*schedule.guidance_range)
     return "any" if schedule.guidance_scale is None else str(schedule.guidance_scale)
 
 
@@ -175,5 +193,7 @@ def schedule_facts(schedule: Schedule) -> dict[str, object]:
         "method": schedule.method,
         "history": schedule.history,
         "guidance_scale": schedule.guidance_scale,
+        "guidance_range": schedule.guidance_range,
         "calibrated_at": _size(schedule),
+        "calibration": schedule.calibration,
     }

@@ -8,10 +8,55 @@ from typing import Protocol, Self, TypeVar, get_args
 
 import click
 
+from meancache_trt.calibration.baking import DEFAULT_METHOD, bakeable_methods
+from meancache_trt.calibration.target import DEFAULT_CONFIDENCE, Goal
 from meancache_trt.engine.select import BACKENDS
 from meancache_trt.errors import InputError
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.shapes import PictureSize, Range
+
+
+class NumberList(click.ParamType[tuple[int, ...]]):
+    """Whole numbers with commas between them, such as `example`."""
+
+    name = "numbers"
+
+    def __init__(self, example: str = "0,1,3,7") -> None:
+        self._example = example
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse; a usage error where something else than numbers stands there."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as {self._example}", param, ctx)
+
+
+class NameList(click.ParamType[tuple[str, ...]]):
+    """Names with commas between them, such as b10,b15."""
+
+    name = "names"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Split; a usage error where a name is empty."""
+        if isinstance(value, tuple):
+            return value
+        names = tuple(part.strip() for part in str(value).split(","))
+        if not all(names):
+            self.fail(f"{value!r} is not a list of names such as b10,b15", param, ctx)
+        return names
+
+
+NAMES = NameList()
+NUMBERS = NumberList()
+BUDGETS = NumberList("10 or 15,10")
+
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 backend = click.option(
@@ -40,6 +85,40 @@ steps = click.option(
     default=50,
     show_default=True,
     help="Steps of the model's own full integration.",
+)
+budgets = click.option(
+    "--budget",
+    "budgets",
+    type=BUDGETS,
+    multiple=True,
+    help="Network evaluations an image; several with commas, or given several times.",
+)
+target_psnr = click.option(
+    "--target-psnr",
+    type=float,
+    metavar="DB",
+    help="Instead of --budget: the smallest budget whose pictures are this close to those of all "
+    "steps, on average or, with --percentile, all but so many in a hundred.",
+)
+percentile = click.option(
+    "--percentile",
+    type=float,
+    metavar="P",
+    help="With --target-psnr: P in a hundred pictures may be below it, such as 5.",
+)
+confidence = click.option(
+    "--confidence",
+    type=float,
+    default=DEFAULT_CONFIDENCE,
+    show_default=True,
+    help="With --target-psnr: how probable it is to be that further prompts reach it.",
+)
+method = click.option(
+    "--method",
+    type=click.Choice(bakeable_methods()),
+    default=DEFAULT_METHOD,
+    show_default=True,
+    help="How nodes are chosen and skipped steps estimated; the default is the best measured.",
 )
 guidance_scale = click.option(
     "--guidance-scale",
@@ -72,46 +151,6 @@ class _FromText(Protocol):
 
 
 Parsable = TypeVar("Parsable", bound=_FromText)
-
-
-class NumberList(click.ParamType[tuple[int, ...]]):
-    """Whole numbers with commas between them, such as 0,1,3,7."""
-
-    name = "numbers"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Parse; a usage error where something else than numbers stands there."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0,1,3,7", param, ctx)
-
-
-NUMBERS = NumberList()
-
-
-class NameList(click.ParamType[tuple[str, ...]]):
-    """Names with commas between them, such as b10,b15."""
-
-    name = "names"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """Split; a usage error where a name is empty."""
-        if isinstance(value, tuple):
-            return value
-        names = tuple(part.strip() for part in str(value).split(","))
-        if not all(names):
-            self.fail(f"{value!r} is not a list of names such as b10,b15", param, ctx)
-        return names
-
-
-NAMES = NameList()
 
 
 class Parsed(click.ParamType[Parsable]):
@@ -156,3 +195,56 @@ def check_one_way(
     """Raise a usage error where --resolution meets one of the options that it replaces."""
     if resolutions and (height, width, frames) != (None, None, None):
         raise click.UsageError("give --resolution, or --height, --width and --frames, but not both")
+
+
+def wanted_of(
+    budgets: Sequence[tuple[int, ...]],
+    target_psnr: float | None,
+    percentile: float | None,
+    confidence: float,
+    default: tuple[int, ...],
+) -> tuple[int, ...] | Goal:
+    """What --budget or --target-psnr ask for; a usage error where both do."""
+    if target_psnr is None:
+        if percentile is not None:
+            raise click.UsageError("--percentile is that of --target-psnr; give both")
+        return tuple(budget for given in budgets for budget in given) or default
+    if budgets:
+        raise click.UsageError("give --budget or --target-psnr, but not both")
+    return Goal(target_psnr, percentile, confidence)
+
+
+def guidance_of(
+    scale: float | tuple[float, float] | None,
+) -> tuple[float | None, tuple[float, float] | None]:
+    """What --guidance-scale of a calibration says: a scale, or a range."""
+    return (None, scale) if isinstance(scale, tuple) else (scale, None)
+
+
+class ScaleOrRange(click.ParamType[float | tuple[float, float]]):
+    """A guidance scale such as 3.5, or a range of them such as 2:6."""
+
+    name = "scale"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | tuple[float, float]:
+        """Parse; a usage error where something else stands there."""
+        try:
+            low, *high = (float(part) for part in str(value).split(":"))
+        except ValueError:
+            self.fail(f"{value!r} is no scale such as 3.5, and no range such as 2:6", param, ctx)
+        if not high:
+            return low
+        if len(high) > 1 or not low < high[0]:
+            self.fail(f"{value!r} is no range such as 2:6, the lower scale first", param, ctx)
+        return low, high[0]
+
+
+guidance_to_calibrate = click.option(
+    "--guidance-scale",
+    type=ScaleOrRange(),
+    metavar="SCALE|LOW:HIGH",
+    help="Guidance scale, by default the model's. With LOW:HIGH the schedules serve all scales "
+    "between: elsewhere than at its own a calibrated schedule can be worse than none.",
+)

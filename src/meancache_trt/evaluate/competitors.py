@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from meancache_trt import __version__
 from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.baking import (
-    STRATEGIES,
     BakeOptions,
-    bake_schedules,
+    Baker,
+    bakeable_methods,
+    baking,
     check_budgets,
 )
 from meancache_trt.calibration.evaluation import row_key
+from meancache_trt.calibration.placements import PLACEMENTS
 from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.calibration.velocity_field import VelocityField
 from meancache_trt.errors import BundleError, InputError
 from meancache_trt.meancache.files import encode_json
 from meancache_trt.meancache.hashing import digest_of
 from meancache_trt.meancache.methods import METHODS
-from meancache_trt.meancache.methods.threshold import fill_gaps
-from meancache_trt.meancache.schedule import FITTED, Schedule, bake, load_schedule, save_schedule
-from meancache_trt.meancache.sigmas import SigmaGrid
+from meancache_trt.meancache.schedule import FITTED, Schedule, load_schedule, save_schedule
 from meancache_trt.selection import calibrated_size
 from meancache_trt.shapes import PictureSize
 
-OWN_GRID = "fewer-steps"
+OWN_GRID = "euler-own-grid"
 """Euler on the model's own grid of B steps: what a user does who has no schedule."""
-
-Make = Callable[[int], Schedule]
-"""Budget -> schedule."""
 
 
 @dataclass(frozen=True)
@@ -48,71 +48,76 @@ class Competitor:
     origin: str | None = None
 
 
-def makers(
-    trajectories: Trajectories,
-    grid_of: Callable[[int], SigmaGrid],
-    field: VelocityField | None,
-) -> dict[str, Make]:
-    """Every method that can be compared, by name: the one place that knows what there is.
+def all_methods() -> tuple[str, ...]:
+    """What "all" means: the one place that knows what there is to compare."""
+    return (OWN_GRID, *bakeable_methods())
 
-    Those with a strategy choose their nodes from the recordings; `FITTED` does too, where there is
-    a network to run. What has neither stands on evenly spaced nodes, unless it needs spans.
+
+def chosen_methods(methods: Sequence[str]) -> dict[str, BakeOptions]:
+    """How each of some methods is baked; METHOD-PLACEMENT is one at another placement.
+
+    "all" among them means every one. Raises `InputError` for a method that there is not.
     """
-    grid = trajectories.grid
-
-    def calibrated(method: str) -> Make:
-        options = BakeOptions(method=method)
-        return lambda budget: bake_schedules(trajectories, [budget], options, field)[0]
-
-    def even(method: str) -> Make:
-        return lambda budget: bake(method, grid, fill_gaps((0,), budget, grid.steps))
-
-    found = {OWN_GRID: lambda budget: bake("euler", grid_of(budget), range(budget))}
-    for name, method in METHODS.items():
-        if name in STRATEGIES:
-            found[name] = calibrated(name)
-        elif not method.uses_spans:
-            found[name] = even(name)
-    return {**found, **({FITTED: calibrated(FITTED)} if field else {})}
+    names = all_methods() if "all" in methods else dict.fromkeys(methods)
+    return {name: _options(name) for name in names}
 
 
-def baked(
-    trajectories: Trajectories,
-    grid_of: Callable[[int], SigmaGrid],
-    field: VelocityField | None,
-    methods: Sequence[str],
-    budgets: Sequence[int],
-) -> list[Competitor]:
-    """Methods at budgets, from recordings; "all" means every method.
+def _options(name: str) -> BakeOptions:
+    if name in bakeable_methods():
+        return BakeOptions(method=name)
+    for placement in PLACEMENTS:
+        method = name.removesuffix(f"-{placement}")
+        if method != name and method in METHODS:
+            return BakeOptions(method=method, placement=placement)
+    raise InputError(
+        f"unknown method {name!r}; expected all, some of {', '.join(bakeable_methods())}, or one "
+        f"of them with a placement ({', '.join(PLACEMENTS)}), such as {OWN_GRID}"
+    )
 
-    Raises `InputError` for a method that there is not, `CalibrationError` for a budget.
+
+class Bakery:
+    """Bakes any method from one recording; a context manager.
+
+    Each method measures what it needs at its first budget and keeps it. `field`, the network that
+    was recorded, is run by fitted schedules alone.
     """
-    check_budgets(budgets, trajectories.grid.steps)
-    known = makers(trajectories, grid_of, field)
-    wanted = list(known) if list(methods) == ["all"] else list(dict.fromkeys(methods))
-    for method in wanted:
-        if method not in known:
-            raise InputError(_unknown(method, list(known)))
-    recordings = digest_of(encode_json([trajectories.settings, trajectories.samples]))
-    return [
-        Competitor(
-            method,
-            budget,
-            lambda make=known[method], budget=budget: make(budget),  # type: ignore[misc]
-            origin=f"{method} {budget} {recordings}" if method in (*STRATEGIES, FITTED) else None,
-        )
-        for method in wanted
-        for budget in sorted(set(budgets))
-    ]
 
+    def __init__(self, trajectories: Trajectories, field: Callable[[], VelocityField]) -> None:
+        self._trajectories, self._field = trajectories, field
+        self._stack = contextlib.ExitStack()
+        self._bakers: dict[BakeOptions, Baker] = {}
 
-def _unknown(method: str, known: Sequence[str]) -> str:
-    if method == FITTED:
-        return (
-            "fitted schedules run the network while they are made, found a diffusers pipeline; "
-            "build a bundle of it and evaluate that, or leave the method out"
-        )
-    return f"unknown method {method!r}; expected all, or some of {', '.join(known)}"
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._stack.close()
+
+    def competitors(self, methods: Sequence[str], budgets: Sequence[int]) -> list[Competitor]:
+        """Methods at budgets; see `chosen_methods`.
+
+        Raises `InputError` for a method that there is not, `CalibrationError` for a budget.
+        """
+        check_budgets(budgets, self._trajectories.grid.steps)
+        settings, samples = self._trajectories.settings, self._trajectories.samples
+        recordings = digest_of(encode_json([settings, samples]))
+        return [
+            Competitor(
+                name,
+                budget,
+                functools.partial(self._bake, options, budget),
+                origin=f"{options} {budget} {recordings}",
+            )
+            for name, options in chosen_methods(methods).items()
+            for budget in sorted(set(budgets))
+        ]
+
+    def _bake(self, options: BakeOptions, budget: int) -> Schedule:
+        if options not in self._bakers:
+            network = self._field() if options.method == FITTED else None
+            made = baking(self._trajectories, options, network)
+            self._bakers[options] = self._stack.enter_context(made)
+        return self._bakers[options].bake(budget).schedule
 
 
 def of_bundle(bundle: Bundle, names: Sequence[str], size: PictureSize) -> list[Competitor]:

@@ -15,8 +15,8 @@ INK, MUTED, LINE, SURFACE = "#fe0001", "#fe0002", "#fe0003", "#fe0004"
 SERIES = 10
 """Colours of the page, --s0 to --s9; more methods than that begin again."""
 
-_MARKERS = "os^DvPX*<>"
-_SYMBOLS = "●■▲◆▼✚✖★◀▶"
+_MARKERS = "os^DvPX*<>h"
+_SYMBOLS = "●■▲◆▼✚✖★◀▶⬢"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", SURFACE: "--surface"}
 
 

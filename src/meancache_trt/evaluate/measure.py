@@ -19,15 +19,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from meancache_trt.build import Note, Report
 from meancache_trt.calibration.evaluation import (
     FILE,
+    Comparison,
     EdgeCostMap,
     Evaluation,
-    Fidelity,
     Row,
+    compare_batches,
     compared,
-    fidelity_of,
     joined,
     row_key,
     schedule_facts,
@@ -42,6 +41,7 @@ from meancache_trt.evaluate.renderer import Render, Renderer
 from meancache_trt.meancache.files import decode_json, encode_json, write_json, write_tensors
 from meancache_trt.meancache.hashing import digest_of
 from meancache_trt.meancache.schedule import FITTED, Schedule, bake
+from meancache_trt.record import Note, Report
 from meancache_trt.session import Batch
 
 FULL = "full"
@@ -126,15 +126,15 @@ def check_unseen(prompts: Sequence[Prompt], trajectories: Trajectories) -> tuple
 
     Raises `InputError` where a prompt was calibrated on with the same seed.
     """
-    seen = {sample.prompt for sample in trajectories.samples}
-    same = [prompt for prompt in prompts if prompt in seen]
+    seen = {(sample.prompt.text, sample.prompt.seed) for sample in trajectories.samples}
+    same = [prompt for prompt in prompts if (prompt.text, prompt.seed) in seen]
     if same:
         raise InputError(
             f"expected prompts that were not calibrated on, found {same[0].text!r} with seed "
             f"{same[0].seed} in {trajectories.directory}; evaluate on others, or with another "
             "--seed"
         )
-    texts = {prompt.text for prompt in seen}
+    texts = {text for text, _ in seen}
     again = {prompt.text for prompt in prompts if prompt.text in texts}
     if not again:
         return ()
@@ -239,17 +239,17 @@ class _Table:
         is_own: bool = False,
         pictures: PictureStore | None = None,
     ) -> Row:
-        own: list[Fidelity] = []
-        fine: list[Fidelity] = []
+        own: list[Comparison] = []
+        fine: list[Comparison] = []
         times: list[float] = []
         first = 0
         for index, prompts in enumerate(self._batches):
             made = batch_of(index)
             times.append(made.loop_ms / len(prompts) / schedule.budget)
             if not is_own:
-                own.append(_fidelity(made, self._own.batch(index)))
+                own.append(_comparison(made, self._own.batch(index)))
             if self._fine:
-                fine.append(_fidelity(made, self._fine.batch(index)))
+                fine.append(_comparison(made, self._fine.batch(index)))
             if pictures:
                 pictures.save(row_key(method, schedule.budget), first, prompts, made.pictures)
             first += len(prompts)
@@ -309,8 +309,8 @@ class _Reference:
         return made
 
 
-def _fidelity(made: Batch, reference: Batch) -> Fidelity:
-    return fidelity_of(made.pictures, made.latents, reference.pictures, reference.latents)
+def _comparison(made: Batch, reference: Batch) -> Comparison:
+    return compare_batches(made.pictures, made.latents, reference.pictures, reference.latents)
 
 
 def _noise_floor(plan: Plan, table: _Table) -> tuple[Row | None, tuple[str, ...]]:

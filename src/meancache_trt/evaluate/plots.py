@@ -103,8 +103,10 @@ class _View:
 
     def points(self, rows: Sequence[Row]) -> tuple[list[int], Array, Array]:
         """Budget, mean and 5th percentile of rows; on a log axis nothing is 0."""
-        found = [(row, fidelity) for row in rows if (fidelity := row.fidelity(self.reference))]
-        summaries = [fidelity.metric(self.metric).summary for _, fidelity in found]
+        found = [
+            (row, comparison) for row in rows if (comparison := row.comparison(self.reference))
+        ]
+        summaries = [comparison.metric(self.metric).summary for _, comparison in found]
         mean, p5 = ([getattr(summary, name) for summary in summaries] for name in ("mean", "p5"))
         return [row.budget for row, _ in found], self.shown(mean), self.shown(p5)
 
@@ -162,10 +164,10 @@ def _level(axes: Axes, evaluation: Evaluation, view: _View) -> None:
         if view.reference == "own"
         else (evaluation.full, f"the model's own {evaluation.setup.steps} steps")
     )
-    fidelity = row.fidelity(view.reference) if row else None
-    if fidelity is None:
+    comparison = row.comparison(view.reference) if row else None
+    if comparison is None:
         return
-    (level,) = view.shown([fidelity.metric(view.metric).summary.mean])
+    (level,) = view.shown([comparison.metric(view.metric).summary.mean])
     axes.axhline(level, color=INK, linewidth=1, linestyle=(0, (5, 3)))
     axes.annotate(
         text,
@@ -253,16 +255,16 @@ def heat_map(costs: EdgeCostMap, row: Row | None) -> Plot:
 def scatter(evaluation: Evaluation, budget: int, reference: ReferenceName) -> Plot | None:
     """Each picture's PSNR by the compared method, against that by every other one."""
     base = evaluation.row(evaluation.against, budget)
-    fidelity = base.fidelity(reference) if base else None
+    comparison = base.comparison(reference) if base else None
     others = [
         row for row in evaluation.rows if row.budget == budget and row.method != evaluation.against
     ]
-    if fidelity is None or not others:
+    if comparison is None or not others:
         return None
-    x, marks = np.array(fidelity.psnr.values), marks_of(evaluation.methods)
+    x, marks = np.array(comparison.psnr.values), marks_of(evaluation.methods)
 
     def draw(axes: Axes) -> None:
-        found = [row.fidelity(reference) for row in others]
+        found = [row.comparison(reference) for row in others]
         every = [x, *(np.array(other.psnr.values) for other in found if other)]
         low, high = min(map(np.min, every)) - 1, max(map(np.max, every)) + 1
         axes.fill_between([low, high], [low, high], low, color=LINE, alpha=0.35, linewidth=0)

@@ -227,9 +227,9 @@ def _best(
 ) -> tuple[float, float]:
     """The best mean and the best 5th percentile at a budget."""
     metrics = [
-        fidelity.metric(name).summary
+        comparison.metric(name).summary
         for row in evaluation.rows
-        if row.budget == budget and (fidelity := row.fidelity(reference))
+        if row.budget == budget and (comparison := row.comparison(reference))
     ]
     choose = min if name == "latent_error" else max
     return choose(m.mean for m in metrics), choose(m.p5 for m in metrics)
@@ -238,10 +238,10 @@ def _best(
 def _cell(
     row: Row | None, reference: ReferenceName, name: MetricName, best: tuple[float, float]
 ) -> Cell | None:
-    fidelity = row.fidelity(reference) if row else None
-    if fidelity is None:
+    comparison = row.comparison(reference) if row else None
+    if comparison is None:
         return None
-    found, form = fidelity.metric(name).summary, _FORMS[name]
+    found, form = comparison.metric(name).summary, _FORMS[name]
     return Cell(
         mean=form.format(found.mean),
         p5=form.format(found.p5),

@@ -10,15 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from meancache_trt import standins
-from meancache_trt.build import (
-    Note,
-    RecordOptions,
-    Report,
-    default_prompts,
-    picture_size,
-    record_pipeline,
-    recordings_beside,
-)
+from meancache_trt.build import default_prompts, picture_size, recordings_beside
 from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.evaluation import Evaluation, edge_cost_map
 from meancache_trt.calibration.trajectories import (
@@ -32,8 +24,9 @@ from meancache_trt.calibration.trajectories import (
 from meancache_trt.engine_field import engine_field
 from meancache_trt.errors import InputError, MeanCacheError
 from meancache_trt.evaluate.competitors import (
+    Bakery,
     Competitor,
-    baked,
+    chosen_methods,
     of_bundle,
     of_schedules,
     steps_of,
@@ -45,7 +38,8 @@ from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.pipeline import identify
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.manifest import Resolution
-from meancache_trt.meancache.schedule import FITTED, load_schedule
+from meancache_trt.meancache.schedule import load_schedule
+from meancache_trt.record import Note, Recorder, RecordOptions, Report
 from meancache_trt.render import NoiseSource, Pipeline
 
 SAMPLES = 32
@@ -99,10 +93,17 @@ class Request:
                 "--schedules, or --methods and --budgets"
             )
 
+        chosen_methods(self.methods)
+
     @property
     def is_baked(self) -> bool:
         """Whether methods are named."""
         return bool(self.methods or self.budgets)
+
+    @property
+    def baked(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """The methods and budgets to bake."""
+        return self.methods or ("all",), self.budgets or DEFAULT_BUDGETS
 
 
 def evaluate_bundle(
@@ -131,11 +132,9 @@ def evaluate_bundle(
         renderer = _engine(opened, request, size, embeddings, scale)
         if request.is_baked:
             assert recorded is not None
-            methods = request.methods or ("all",)
-            needs_field = {"all", FITTED} & {*methods}
-            field = stack.enter_context(engine_field(opened, recorded)) if needs_field else None
-            budgets = request.budgets or DEFAULT_BUDGETS
-            competitors = baked(recorded, renderer.grid, field, methods, budgets)
+            field = engine_field(opened, recorded)
+            bakery = stack.enter_context(Bakery(recorded, lambda: stack.enter_context(field)))
+            competitors = bakery.competitors(*request.baked)
             steps = recorded.grid.steps
         else:
             competitors = of_bundle(bundle, request.schedules, size.size)
@@ -172,15 +171,20 @@ def evaluate_pipeline(
         limited_threads,
     )
 
-    options = _record_options(checkpoint, request)
-    with limited_threads(request.threads):
+    recorder = Recorder(checkpoint, _record_options(checkpoint, request))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(limited_threads(request.threads))
+        renderer = TorchRenderer(checkpoint, recorder.pipeline, recorder.call)
         recorded = None
-        if not request.schedules:
+        if request.schedules:
+            competitors = _of_files(request.schedules)
+            steps = steps_of([each.make() for each in competitors])
+        else:
             folder = request.calibration or directory / "calibration"
-            recorded = record_pipeline(checkpoint, folder, options, note=note, report=report)
-        renderer = TorchRenderer(checkpoint, options)
-        competitors = _of_pipeline(renderer, request, recorded, options.budgets)
-        steps = recorded.grid.steps if recorded else steps_of([c.make() for c in competitors])
+            recorded = known = recorder.record(folder, note=note, report=report)
+            bakery = stack.enter_context(Bakery(known, lambda: recorder.field(known)))
+            competitors = bakery.competitors(*request.baked)
+            steps = recorded.grid.steps
         texts = request.texts or _unseen_texts(_standin(identify(checkpoint).digest), recorded)
         plan = _plan(request, texts, recorded, steps, [])
         return measure(
@@ -188,22 +192,14 @@ def evaluate_pipeline(
         )
 
 
-def _of_pipeline(
-    renderer: Renderer,
-    request: Request,
-    recorded: Trajectories | None,
-    budgets: Sequence[int],
-) -> list[Competitor]:
-    if recorded is not None:
-        methods = request.methods or ("all",)
-        return baked(recorded, renderer.grid, None, methods, budgets)
-    for name in request.schedules:
+def _of_files(names: Sequence[str]) -> list[Competitor]:
+    for name in names:
         if Path(name).suffix != ".json":
             raise InputError(
                 f"a pipeline has no schedules of its own, found {name!r}; give schedule files, or "
                 "--methods"
             )
-    return of_schedules([load_schedule(name) for name in request.schedules])
+    return of_schedules([load_schedule(name) for name in names])
 
 
 def _record_options(checkpoint: Checkpoint, request: Request) -> RecordOptions:

@@ -18,9 +18,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 
-from meancache_trt.build import RecordOptions, pipeline_call
 from meancache_trt.calibration.evaluation import Setup
-from meancache_trt.calibration.recording import PipelineSampler, load_pipeline
+from meancache_trt.calibration.recording import PipelineCall, PipelineSampler
 from meancache_trt.calibration.trajectories import Array, Prompt
 from meancache_trt.errors import ScheduleError
 from meancache_trt.evaluate.renderer import Render
@@ -87,41 +86,37 @@ class TimedScheduler(MeanCacheScheduler):
 
 
 class TorchRenderer:
-    """A checkpoint's own pipeline in float32 on the CPU, one picture at a time.
+    """A checkpoint's own pipeline, one picture at a time, as `call` says but for its steps.
 
-    Noise is torch's, as for `pipe(..., generator=...)`. `options` say size, text length and
-    guidance scale; their prompts, steps and samples do not matter here.
+    Noise is torch's, as for `pipe(..., generator=...)`. The pipeline has its own scheduler again
+    after each picture, so that others can use it between.
     """
 
     batch = 1
 
-    def __init__(self, checkpoint: Checkpoint, options: RecordOptions) -> None:
-        self._checkpoint = checkpoint
-        self._call = pipeline_call(checkpoint, options)
-        self._pipeline = load_pipeline(checkpoint.path)
-        self._scheduler = self._pipeline.scheduler
+    def __init__(self, checkpoint: Checkpoint, pipeline: Any, call: PipelineCall) -> None:
+        self._checkpoint, self._pipeline, self._call = checkpoint, pipeline, call
 
     def grid(self, steps: int) -> SigmaGrid:
         """See `Renderer`; what the pipeline makes when it is called with so many steps."""
-        self._pipeline.scheduler = self._scheduler
         sampler = PipelineSampler(self._pipeline, replace(self._call, steps=steps))
         return sampler.settings(Prompt("")).grid
 
     def open(self, schedule: Schedule) -> Render:
         """See `Renderer`."""
         self._check(schedule)
-        scheduler = TimedScheduler.from_schedule(schedule, self._scheduler)
+        scheduler = TimedScheduler.from_schedule(schedule, self._pipeline.scheduler)
         assert isinstance(scheduler, TimedScheduler)
 
         def render(prompts: Sequence[Prompt]) -> Batch:
-            self._pipeline.scheduler = scheduler
             (prompt,) = prompts
             arguments = {
                 **self._call.arguments(prompt),
                 "num_inference_steps": schedule.grid.steps,
                 "output_type": "np",
             }
-            pictures = self._pipeline(**arguments)[0]
+            with _scheduler(self._pipeline, scheduler):
+                pictures = self._pipeline(**arguments)[0]
             assert scheduler.final is not None
             return Batch(_array(scheduler.final), _array(pictures), 1e3 * scheduler.loop_s)
 
@@ -159,6 +154,16 @@ class TorchRenderer:
             precision="float32",
             noise="torch",
         )
+
+
+@contextlib.contextmanager
+def _scheduler(pipeline: Any, scheduler: TimedScheduler) -> Iterator[None]:
+    original = pipeline.scheduler
+    pipeline.scheduler = scheduler
+    try:
+        yield
+    finally:
+        pipeline.scheduler = original
 
 
 @contextlib.contextmanager

@@ -1,0 +1,200 @@
+"""A checkpoint's own diffusers pipeline, recorded over all its steps, and run again for fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meancache_trt.calibration.baking import check_budgets
+from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
+from meancache_trt.calibration.velocity_field import VelocityField
+from meancache_trt.errors import InputError
+from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.export.family import Configs, Family, Size, default_frames, resolution
+from meancache_trt.export.pipeline import identify
+from meancache_trt.export.registry import detect
+from meancache_trt.meancache.schedule import ModelReference, check_guidance_scale
+
+if TYPE_CHECKING:
+    import torch
+
+    from meancache_trt.calibration.recording import PipelineCall
+
+Note = Callable[[str], None]
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """What is recorded for calibration, at `size` (height, width) in pixels.
+
+    `guidance_scale`, `text_tokens` and `frames` of a video None mean the model's defaults. With
+    `guidance_range` the samples' scales are spread over it instead. Sample i has prompt i (they
+    repeat where there are fewer than `samples`) and seed i. `budgets` are what will be baked from
+    it, so that one out of range is refused before the work.
+    """
+
+    size: tuple[int, int]
+    frames: int | None = None
+    prompts: tuple[str, ...]
+    steps: int = 50
+    samples: int = 16
+    guidance_scale: float | None = None
+    guidance_range: tuple[float, float] | None = None
+    text_tokens: int | None = None
+    budgets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.samples < 1:
+            raise InputError(
+                f"calibration records at least one sample of one step, found {self.samples} of "
+                f"{self.steps}; give --samples and --steps of 1 or more"
+            )
+        for scale in (self.guidance_scale, *(self.guidance_range or ())):
+            check_guidance_scale(scale)
+        check_budgets(self.budgets, self.steps)
+
+    def sampled(self) -> list[Prompt]:
+        """Every sample's prompt, seed and, from a range, scale."""
+        texts = [self.prompts[index % len(self.prompts)] for index in range(self.samples)]
+        if self.guidance_range is None:
+            return [Prompt(text, seed=index) for index, text in enumerate(texts)]
+        low, high = self.guidance_range
+        return [
+            Prompt(
+                text,
+                seed=index,
+                guidance_scale=round(low + (high - low) * _spread(index, self.samples), 6),
+            )
+            for index, text in enumerate(texts)
+        ]
+
+
+def _spread(index: int, count: int) -> float:
+    """Where sample `index` of `count` lies in [0, 1]: evenly, both ends among them.
+
+    In the order of bit-reversed indices, so that the first samples are spread as well.
+    """
+    width = max(count - 1, 1).bit_length()
+    order = sorted(range(count), key=lambda i: int(f"{i:0{width}b}"[::-1], 2))
+    return order[index] / max(count - 1, 1)
+
+
+class Recorder:
+    """The diffusers pipeline of a checkpoint, in float32 on the CPU; loaded at its first use."""
+
+    def __init__(self, checkpoint: Checkpoint, options: RecordOptions) -> None:
+        self._checkpoint, self._options = checkpoint, options
+        self._family = detect(checkpoint.path)
+        self._configs = checkpoint.configs(
+            ("transformer", "vae", "scheduler", *self._family.text_components)
+        )
+
+    def record(
+        self, directory: Path, *, note: Note, report: Report, is_forced: bool = False
+    ) -> Trajectories:
+        """Record the pipeline over all steps, resuming if begun.
+
+        `is_forced` drops what was recorded in `directory` before. Raises `CalibrationError` where
+        `directory` was recorded with other settings or a velocity is not finite.
+        """
+        from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)
+            PipelineSampler,
+        )
+
+        prompts = self._options.sampled()
+        note(f"calibrate: recording {len(prompts)} samples of {self._options.steps} steps")
+        if is_forced:
+            discard(directory)
+        sampler, model = PipelineSampler(self._pipeline, self._call), identify(self._checkpoint)
+        settings = sampler.settings(
+            prompts[0],
+            family=self._family.name,
+            model=ModelReference(name=model.name, digest=model.digest),
+            text_tokens=self._text_tokens,
+            guidance_range=self._options.guidance_range,
+        )
+        return record(directory, settings, sampler, prompts, report)
+
+    def field(self, trajectories: Trajectories) -> VelocityField:
+        """The pipeline as the velocity field of what it recorded."""
+        from meancache_trt.calibration.pipeline_field import (  # noqa: PLC0415  (imports torch)
+            PipelineField,
+        )
+
+        frames, (height, width) = self._frames, self._options.size
+        size = resolution(
+            self._family, self._configs, Size(height, width, self._text_tokens, frames)
+        )
+        wrapper, vae = self._family.wrapper(), self._pipeline.vae
+
+        def decode(latent: torch.Tensor) -> torch.Tensor:
+            shaped = latent.reshape(1, *size.decode_shape)
+            return wrapper.reference_image(vae, shaped, size.symbols)
+
+        return PipelineField(
+            self._pipeline, self._call, tuple(size.latent_shape), decode, len(trajectories)
+        )
+
+    @property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline itself."""
+        return self._pipeline
+
+    @property
+    def call(self) -> PipelineCall:
+        """How the pipeline is called."""
+        return self._call
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)
+            load_pipeline,
+        )
+
+        return load_pipeline(self._checkpoint.path)
+
+    @cached_property
+    def _text_tokens(self) -> int:
+        return self._options.text_tokens or self._family.default_text_tokens(self._configs)
+
+    @property
+    def _frames(self) -> int | None:
+        frames = self._options.frames
+        return default_frames(self._family, self._configs) if frames is None else frames
+
+    @property
+    def _call(self) -> PipelineCall:
+        from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)
+            PipelineCall,
+        )
+
+        return PipelineCall(
+            steps=self._options.steps,
+            height=self._options.size[0],
+            width=self._options.size[1],
+            frames=self._frames,
+            guidance_scale=self._guidance_scale,
+            guidance_argument=self._family.guidance_argument,
+            options=_call_options(self._family, self._configs, self._text_tokens),
+        )
+
+    @property
+    def _guidance_scale(self) -> float | None:
+        if self._options.guidance_range is not None:
+            return None  # each prompt has its own
+        scale = self._options.guidance_scale
+        return self._family.guidance(self._configs).default_scale if scale is None else scale
+
+
+def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[str, str | int]:
+    """Further arguments, with which the diffusers pipeline does what a render does by default."""
+    options: dict[str, str | int] = {}
+    if family.text_tokens_argument:
+        options[family.text_tokens_argument] = text_tokens
+    if family.guidance(configs).is_classifier_free:
+        options["negative_prompt"] = ""  # given none, diffusers leaves guidance out
+    return options
