@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -64,6 +64,13 @@ class Counted:
             return render(prompts)
 
         return counted
+
+
+@pytest.fixture(scope="module")
+def pipeline(shared_bundle: Path) -> Iterator[Pipeline]:
+    """One thread: these pictures are too small for more."""
+    with Pipeline(Bundle.open(shared_bundle), threads=1) as opened:
+        yield opened
 
 
 @pytest.fixture
