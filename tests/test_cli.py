@@ -88,7 +88,7 @@ def test_bake_refuses_malformed_schedules_with_one_message(run, arguments, messa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--calibration somewhere --budget 5", "runs the network; give its --bundle"),
+        ("--calibration somewhere --budget 5", "run the network; give its --bundle"),
         ("--nodes 0,1,3", "come from recordings; give --calibration"),
     ],
 )

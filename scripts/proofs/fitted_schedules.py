@@ -1,49 +1,60 @@
-"""Fitted schedules against every other method: the measurement behind `calibration.fitted`.
+"""Compares fitted schedules with every other method on the evaluation prompts of a stand-in.
 
-On the FLUX stand-in: 16 recorded samples of calibration prompts, 32 evaluation prompts rendered by
-the engine, PSNR against the model's own 50 steps, guidance scale 3.5. The official schedule is the
-best of 12 by the same error on the same calibration samples that chooses a fitted one.
+The official rule is given twelve tries: the best of twelve variants (costs, γ, spans, with refitted
+spans and without), by the pictures of the calibration samples, for each budget. Then fitted
+schedules are asked for a quality instead of a budget, and the held-out prompts say whether it was
+kept.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from meancache_trt import build as stages
 from meancache_trt import standins
-from meancache_trt.calibration.baking import BakeOptions, bake_schedules
-from meancache_trt.calibration.fitted import mean_error
-from meancache_trt.calibration.metrics import psnr
+from meancache_trt.calibration.baking import (
+    BakeOptions,
+    bake_for_goal,
+    bake_schedules,
+    bakeable_methods,
+)
+from meancache_trt.calibration.fidelity import Judge, judging
+from meancache_trt.calibration.metrics import paired_difference, psnr, summarize
 from meancache_trt.calibration.sequential_fit import FitOptions
+from meancache_trt.calibration.target import Goal
 from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.calibration.velocity_field import VelocityField
 from meancache_trt.engine_field import engine_field
-from meancache_trt.meancache.methods.threshold import fill_gaps
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.schedule import FITTED, Schedule, bake
 from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
-from meancache_trt.session import Session
 
 BUDGETS = (5, 6, 8, 10, 12, 15, 20, 25)
-SAMPLES, PROMPTS, BATCH = 16, 32, 16
-GUIDANCE_SCALE = 3.5
+SAMPLES, PROMPTS = 16, 32
 OFFICIAL = [
     BakeOptions("official", scaling=scaling, gamma=gamma, max_span=span, is_refitted=is_refitted)
     for scaling, is_refitted in (("displacement", True), ("relative", False))
     for gamma in (2.0, 3.0, 4.0)
     for span in (3, 6)
 ]
-FITS = {
-    "fitted": FitOptions(),
-    "fitted, free sums": FitOptions(is_consistent=False),
+VARIANTS = {
+    "euler, own grid": BakeOptions("euler", placement="own-grid"),
+    "ab2, path": BakeOptions("ab2", placement="path"),
+    "taylor1, path": BakeOptions("taylor1", placement="path"),
+    "fitted, free sums": BakeOptions(FITTED, fit=FitOptions(is_consistent=False)),
 }
+"""Besides every method at its own placement."""
+
+GOALS = (Goal(35.0, 5.0), Goal(40.0, 5.0), Goal(45.0))
+BOOTSTRAP_DRAWS = 1000
 
 Results = dict[str, dict[int, np.ndarray]]
 """Method -> budget -> PSNR of each evaluation picture in dB."""
@@ -51,7 +62,11 @@ Results = dict[str, dict[int, np.ndarray]]
 
 def main() -> None:
     """Measure every method at every budget."""
-    checkpoint = stages.find_model("standin/flux")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("standin", nargs="?", default="flux")
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    arguments = parser.parse_args()
+    checkpoint = stages.find_model(f"standin/{arguments.standin}")
     size = stages.picture_size(checkpoint, None, None)
     with tempfile.TemporaryDirectory() as work:
         recording = RecordOptions(
@@ -62,148 +77,159 @@ def main() -> None:
         )
         exporting = stages.ExportOptions(size=size)
         bundle = stages.export(
-            checkpoint, Path(work) / "flux.mcb", exporting, note=_note, is_forced=False
+            checkpoint, Path(work) / "standin.mcb", exporting, note=_note, is_forced=False
         )
         with (
             Pipeline(bundle, threads=1) as pipeline,
-            engine_field(pipeline, trajectories, batch=BATCH) as field,
+            engine_field(pipeline, trajectories) as field,
         ):
-            schedules = dict(_methods(pipeline, trajectories, field))
-            results = _measure(pipeline, trajectories, schedules)
-    path = Path(__file__).parents[2] / "docs" / "proof" / "fitted-schedules.json"
-    path.write_text(json.dumps(_record(results, schedules["fitted"]), indent=1) + "\n")
+            schedules = dict(_methods(trajectories, field))
+            results = _measure(
+                _Gallery(pipeline, trajectories, "evaluation", arguments.prompts), schedules
+            )
+            held_out = _Gallery(pipeline, trajectories, "heldout", arguments.prompts)
+            goals = [_keep(goal, trajectories, field, held_out) for goal in GOALS]
+    record = _record(results, schedules[FITTED], arguments) | {"goals": goals}
+    path = (
+        Path(__file__).parents[2] / "docs" / "proof" / f"fitted-schedules-{arguments.standin}.json"
+    )
+    path.write_text(json.dumps(record, indent=1) + "\n")
     _print(results)
+    _print_goals(goals)
 
 
 def _methods(
-    pipeline: Pipeline, trajectories: Trajectories, field: VelocityField
+    trajectories: Trajectories, field: VelocityField
 ) -> Iterator[tuple[str, list[Schedule]]]:
     """Every method's name and its schedules, one a budget."""
-    grid = trajectories.grid
-
-    def each(make: Callable[[int], Schedule]) -> list[Schedule]:
-        return [make(budget) for budget in BUDGETS]
-
-    def even(method: str) -> list[Schedule]:
-        return each(lambda budget: bake(method, grid, fill_gaps((0,), budget, grid.steps)))
-
-    def own(method: str) -> list[Schedule]:
-        return each(lambda budget: bake(method, pipeline.grid(budget), range(budget)))
-
-    calibrated = bake_schedules(trajectories, BUDGETS, BakeOptions("euler"))
-    yield "euler, own grid", own("euler")
-    yield "euler, calibrated nodes", list(calibrated)
-    yield "ab2, own grid", own("ab2")
-    yield "ab2, calibrated nodes", [bake("ab2", grid, schedule.nodes) for schedule in calibrated]
-    yield "taylor1, even nodes", even("taylor1")
-    yield "threshold", list(bake_schedules(trajectories, BUDGETS, BakeOptions("threshold")))
-    _note("official, best of 12")
-    yield "official, best of 12", _best_official(trajectories, field)
-    for name, fit in FITS.items():
+    named = {method: BakeOptions(method) for method in bakeable_methods()}
+    for name, options in (named | VARIANTS).items():
         _note(name)
-        options = BakeOptions(FITTED, fit=fit)
-        yield name, list(bake_schedules(trajectories, BUDGETS, options, field))
+        network = field if options.method == FITTED else None
+        yield name, list(bake_schedules(trajectories, BUDGETS, options, network))
+    _note("official, best of 12")
+    with judging(trajectories, field) as judge:
+        yield "official, best of 12", _best_official(trajectories, judge)
 
 
-def _best_official(trajectories: Trajectories, field: VelocityField) -> list[Schedule]:
+def _best_official(trajectories: Trajectories, judge: Judge) -> list[Schedule]:
+    """By the mean PSNR of the calibration samples, which is what is compared in the end."""
     tried = [bake_schedules(trajectories, BUDGETS, options) for options in OFFICIAL]
     best = []
     for of_budget in zip(*tried, strict=True):
         distinct = {(schedule.nodes, schedule.spans): schedule for schedule in of_budget}
         best.append(
-            min(
+            max(
                 distinct.values(),
-                key=lambda schedule: mean_error(_final_errors(trajectories, field, schedule)),
+                key=lambda found: float(judge.follow(found.nodes, found.weights).psnr.mean()),
             )
         )
     return best
 
 
-def _final_errors(
-    trajectories: Trajectories, field: VelocityField, schedule: Schedule
-) -> np.ndarray:
-    """Distances from the recorded final latents, as fractions of these; all samples in memory."""
-    samples = list(trajectories)
-    prompts, latents = [s.prompt for s in samples], np.stack([s.initial for s in samples])
-    final = np.stack([s.final for s in samples])
-    past: list[np.ndarray] = []
-    for node, weights in zip(schedule.nodes, schedule.weights, strict=True):
-        past.insert(0, field(prompts, latents, node))
-        moved = sum(weight * velocity for weight, velocity in zip(weights, past, strict=False))
-        latents = (latents + moved).astype(np.float32)
-    return np.asarray(np.linalg.norm(latents - final, axis=1) / np.linalg.norm(final, axis=1))
+class _Gallery:
+    """Pictures of one split's prompts by any schedule, and their PSNR."""
+
+    def __init__(
+        self, pipeline: Pipeline, trajectories: Trajectories, split: standins.Split, count: int
+    ) -> None:
+        settings = trajectories.settings
+        name = Path(pipeline.bundle.export.model.name).name
+        self._pipeline, self._scale = pipeline, settings.guidance_scale
+        self._prompts = pipeline.encode(standins.prompts(split, name)[:count])
+        shape = pipeline.resolution().noise_shape
+        self._noise = [philox_normal(1000 + index, shape) for index in range(count)]
+        self._full = self._pictures(bake("euler", settings.grid, range(settings.grid.steps)))
+
+    def psnr(self, schedule: Schedule) -> np.ndarray:
+        """Of each picture, in dB."""
+        return psnr(self._pictures(schedule), self._full)
+
+    def _pictures(self, schedule: Schedule) -> np.ndarray:
+        rendered = self._pipeline.render(
+            self._prompts,
+            seed=[1000 + index for index in range(len(self._noise))],
+            schedule=schedule,
+            guidance_scale=self._scale,
+        )
+        return np.stack([picture.pixels for picture in rendered])
 
 
-def _measure(
-    pipeline: Pipeline, trajectories: Trajectories, schedules: dict[str, list[Schedule]]
-) -> Results:
-    conditioning = pipeline.encode(standins.prompts("evaluation")[:PROMPTS]).tensors
-    shape = pipeline.resolution().noise_shape
-    noise = np.stack([philox_normal(1000 + index, shape) for index in range(PROMPTS)])
-
-    def pictures(schedule: Schedule) -> np.ndarray:
-        checked = pipeline.schedule(schedule, GUIDANCE_SCALE)
-        session = Session(pipeline.graphs, checked, pipeline.resolution(), batch=BATCH)
-        batches = []
-        for first in range(0, PROMPTS, BATCH):
-            chosen = slice(first, first + BATCH)
-            fed = {name: tensor[chosen] for name, tensor in conditioning.items()}
-            batches.append(session.run(noise[chosen], fed, GUIDANCE_SCALE).pictures)
-        return np.concatenate(batches)
-
-    full = pictures(bake("euler", trajectories.grid, range(trajectories.grid.steps)))
+def _measure(gallery: _Gallery, schedules: dict[str, list[Schedule]]) -> Results:
     results: Results = {}
     for name, baked in schedules.items():
         _note(f"rendering {name}")
         results[name] = {
-            budget: psnr(pictures(schedule), full)
-            for budget, schedule in zip(BUDGETS, baked, strict=True)
+            budget: gallery.psnr(schedule) for budget, schedule in zip(BUDGETS, baked, strict=True)
         }
     return results
 
 
-def _record(results: Results, fitted: list[Schedule]) -> dict[str, object]:
+def _keep(
+    goal: Goal, trajectories: Trajectories, field: VelocityField, gallery: _Gallery
+) -> dict[str, object]:
+    """Bake for a goal and count in how many resamplings of untouched prompts it holds."""
+    _note(goal.describe())
+    schedule, tried = bake_for_goal(trajectories, goal, None, field)
+    values = gallery.psnr(schedule)
+    rng = np.random.default_rng(1)
+    drawn = values[rng.integers(len(values), size=(BOOTSTRAP_DRAWS, len(values)))]
+    if goal.percentile is None:
+        statistics = drawn.mean(axis=1)
+    else:
+        statistics = np.percentile(drawn, goal.percentile, axis=1)
+    assert schedule.calibration is not None
+    assert schedule.calibration.target is not None
     return {
+        "goal": goal.describe(),
+        "budget": schedule.budget,
+        "tried": [each.budget for each in tried],
+        "confidence": schedule.calibration.target.confidence,
+        "held_out_db": _summary(values),
+        "held_in_draws": float((statistics >= goal.psnr).mean()),
+    }
+
+
+def _record(
+    results: Results, fitted: list[Schedule], arguments: argparse.Namespace
+) -> dict[str, object]:
+    return {
+        "standin": arguments.standin,
         "budgets": BUDGETS,
         "samples": SAMPLES,
-        "prompts": PROMPTS,
+        "prompts": arguments.prompts,
         "psnr_db": {
             name: {budget: _summary(values) for budget, values in row.items()}
             for name, row in results.items()
         },
         "fitted_ahead_db": {
-            name: {budget: _paired(results["fitted"][budget], row[budget]) for budget in BUDGETS}
-            for name, row in results.items()
-            if name != "fitted"
+            name: {budget: _ahead(results, name, budget) for budget in BUDGETS}
+            for name in results
+            if name != FITTED
         },
         "calibration": {
             schedule.budget: {
                 "gamma": schedule.calibration.gamma,
                 "nodes": schedule.nodes,
-                "held_out_error": schedule.calibration.held_out_error,
+                "held_out_psnr_db": fidelity.psnr.mean,
                 "network_evaluations": schedule.calibration.network_evaluations,
+                "candidates": schedule.calibration.candidates,
             }
             for schedule in fitted
-            if schedule.calibration
+            if schedule.calibration and (fidelity := schedule.calibration.fidelity)
         },
     }
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:
-    return {
-        "mean": float(values.mean()),
-        "p5": float(np.percentile(values, 5)),
-        "worst": float(values.min()),
-    }
+    found = summarize(values)
+    return {"mean": found.mean, "p5": found.p5, "worst": found.worst}
 
 
-def _paired(values: np.ndarray, others: np.ndarray) -> dict[str, float]:
-    """Mean difference over the same pictures, and its standard error."""
-    gaps = values - others
-    return {
-        "mean": float(gaps.mean()),
-        "standard_error": float(gaps.std(ddof=1) / np.sqrt(len(gaps))),
-    }
+def _ahead(results: Results, name: str, budget: int) -> dict[str, float | None]:
+    """How far fitted schedules are ahead on the same pictures, and the standard error."""
+    found = paired_difference(results[FITTED][budget], results[name][budget])
+    return {"mean": found.mean, "standard_error": found.standard_error}
 
 
 def _print(results: Results) -> None:
@@ -214,9 +240,17 @@ def _print(results: Results) -> None:
         print(f"{name:26}" + "".join(f"{'/'.join(f'{v:.1f}' for v in c):>16}" for c in cells))
     print(f"\n{'fitted ahead by, ± s.e.':26}{columns}")
     for name in results:
-        gaps = [_paired(results["fitted"][b], results[name][b]).values() for b in BUDGETS]
+        gaps = [_ahead(results, name, budget).values() for budget in BUDGETS]
         cells = [f"{mean:+.1f} ± {error:.1f}" for mean, error in gaps]
         print(f"{name:26}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def _print_goals(goals: list[dict[str, object]]) -> None:
+    for found in goals:
+        print(
+            f"\n{found['goal']}: {found['budget']} evaluations, sure to {found['confidence']:.2f}; "
+            f"untouched prompts hold it in {found['held_in_draws']:.0%} of {BOOTSTRAP_DRAWS} draws"
+        )
 
 
 def _note(message: str) -> None:

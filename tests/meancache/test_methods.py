@@ -6,7 +6,6 @@ on latents. The package folds the same rules into weights before any network run
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.meancache.unfolded_solvers import unfolded_dpmpp2m, unfolded_unipc
 
 from meancache_trt.meancache.folding import Rows
 from meancache_trt.meancache.methods import METHODS, get_method
@@ -160,78 +160,11 @@ def unfolded_taylor(order: int) -> Callable[[Problem, Field], Array]:
     return run
 
 
-def half_log_snr(sigma: float) -> float:
-    """log((1 − σ)/σ), with diffusers' 1e-6 below σ = 1."""
-    return math.log((1 - sigma) / sigma) if sigma else math.inf
+def on_nodes(solver: Callable[[Array, Field, Array], Array]) -> Callable[[Problem, Field], Array]:
+    def run(problem: Problem, field: Field, start: Array = START) -> Array:
+        return solver(problem.sigmas[[*problem.nodes, -1]], field, start)
 
-
-def unfolded_dpmpp2m(problem: Problem, field: Field, start: Array = START) -> Array:
-    """DPM-Solver++(2M), midpoint, first and last interval of first order, in exponentials of h."""
-    levels = problem.sigmas[[*problem.nodes, -1]]
-    latent, images = start, []
-    h_before = math.nan
-    for n, (s, t) in enumerate(itertools.pairwise(levels)):
-        images.append(latent - s * field(latent, s))
-        if t == s:
-            continue
-        h = half_log_snr(t) - (half_log_snr(s) if s < 1 else -math.inf)
-        slope = np.zeros_like(start)
-        if 0 < n < len(levels) - 2 and t > 0:
-            slope = (images[n] - images[n - 1]) / (h_before / h)
-        gained = (1 - t) * math.expm1(-h)
-        latent = t / s * latent - gained * images[n] - 0.5 * gained * slope
-        h_before = h
-    return latent
-
-
-def unfolded_unipc(problem: Problem, field: Field, start: Array = START) -> Array:
-    """UniPC-2, B(h) = e^h − 1: predict, evaluate, correct, with the corrector's system solved."""
-    levels = problem.sigmas[[*problem.nodes, -1]]
-    snr = [half_log_snr(min(sigma, 1 - 1e-6)) for sigma in levels]
-    images: list[Array] = []
-    predicted = last = start
-    order = 0
-    for n, (s, t) in enumerate(itertools.pairwise(levels)):
-        image = predicted - s * field(predicted, s)
-        corrected = predicted
-        if n and s:
-            corrected = unipc_step(levels, snr, [*images, image], last, n - 1, order, fresh=True)
-        images.append(image)
-        order = 2 if 0 < n < len(levels) - 2 and t else 1
-        last = corrected
-        if t < s:
-            predicted = unipc_step(levels, snr, images, corrected, n, order, fresh=False)
-        else:
-            predicted = corrected
-    return predicted
-
-
-def unipc_step(
-    levels: Array,
-    snr: Sequence[float],
-    images: Sequence[Array],
-    latent: Array,
-    n: int,
-    order: int,
-    *,
-    fresh: bool,
-) -> Array:
-    """From node n to the next, with the image seen there where `fresh`."""
-    h = snr[n + 1] - snr[n]
-    ratios = [(snr[n - 1] - snr[n]) / h] if order == 2 else []
-    slopes = [(images[n - 1] - images[n]) / r for r in ratios]
-    if fresh:
-        slopes.append(images[n + 1] - images[n])
-        ratios.append(1.0)
-    weights = [0.5]
-    if len(slopes) == 2:
-        phi_2 = (math.expm1(-h) + h) / h**2
-        phi_3 = (-math.expm1(-h) - h + h**2 / 2) / h**3
-        right = np.array([phi_2 * h, 2 * phi_3 * h]) / -math.expm1(-h)
-        weights = list(np.linalg.solve([[1.0, 1.0], ratios], right))
-    bent = sum((w * d for w, d in zip(weights, slopes, strict=False)), np.zeros_like(latent))
-    gained = -math.expm1(math.log(levels[n + 1] / levels[n])) if levels[n + 1] else 1.0
-    return latent + gained * (images[n] - latent + bent)
+    return run
 
 
 UNFOLDED: dict[str, Callable[[Problem, Field], Array]] = {
@@ -241,8 +174,8 @@ UNFOLDED: dict[str, Callable[[Problem, Field], Array]] = {
     "official": unfolded_official,
     "paper": unfolded_paper,
     "ab2": unfolded_ab2,
-    "dpmpp2m": unfolded_dpmpp2m,
-    "unipc": unfolded_unipc,
+    "dpmpp2m": on_nodes(unfolded_dpmpp2m),
+    "unipc": on_nodes(unfolded_unipc),
     "taylor1": unfolded_taylor(1),
     "taylor2": unfolded_taylor(2),
 }

@@ -1,0 +1,125 @@
+"""A pipeline recorded, and run again as the velocity field of its own recording."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from meancache_trt.calibration.baking import bake_schedules
+from meancache_trt.calibration.recording import load_pipeline
+from meancache_trt.calibration.trajectories import Array, Trajectories
+from meancache_trt.errors import CalibrationError, InputError
+from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.record import Recorder, RecordOptions
+from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image
+
+STEPS = 5
+TOLERANCE = 1e-5
+"""The same float32 network at a latent that was summed in another order, of values near 5."""
+
+SIZES = {"flux": (32, 48, None), "qwen_image": (32, 48, None), "hunyuan_video": (32, 48, 9)}
+TINY = {
+    "flux": tiny_flux.tiny_pipeline,
+    "qwen_image": tiny_qwen_image.tiny_pipeline,
+    "hunyuan_video": tiny_hunyuan_video.tiny_pipeline,
+}
+
+
+@pytest.fixture(scope="module", params=TINY)
+def recorder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorder:
+    folder = tmp_path_factory.mktemp(request.param) / "tiny"
+    TINY[request.param]().save_pretrained(folder)
+    height, width, frames = SIZES[request.param]
+    options = RecordOptions(
+        size=(height, width), frames=frames, prompts=("a red dog", "cats"), steps=STEPS, samples=3
+    )
+    return Recorder(Checkpoint(folder), options)
+
+
+@pytest.fixture(scope="module")
+def recorded(recorder: Recorder, tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
+    directory = tmp_path_factory.mktemp("recorded")
+    return recorder.record(directory, note=lambda _: None, report=lambda *_: None)
+
+
+def latents_at(recorded: Trajectories, step: int) -> Array:
+    steps = np.diff(recorded.grid.array())[:step]
+    moved = [t.initial + np.tensordot(steps, t.velocities[:step], 1) for t in recorded]
+    return np.stack(moved).astype(np.float32)
+
+
+def test_velocities_are_those_that_were_recorded(
+    recorder: Recorder, recorded: Trajectories
+) -> None:
+    field = recorder.field(recorded)
+    prompts = [sample.prompt for sample in recorded.samples]
+    for step in (0, 2, STEPS - 1):
+        found = field(prompts, latents_at(recorded, step), step)
+        wanted = [t.velocities[step] for t in recorded]
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_pictures_are_those_of_the_pipeline(recorder: Recorder, recorded: Trajectories) -> None:
+    pipeline, call = load_pipeline(recorder._checkpoint.path), recorder._call
+    first = next(iter(recorded))
+    arguments = {**call.arguments(first.prompt), "output_type": "pt"}
+    with torch.inference_mode():
+        output = pipeline(**arguments)
+    made = output.frames[0].movedim(1, -1) if hasattr(output, "frames") else output.images[0]
+    wanted = made if made.shape[-1] == 3 else made.movedim(0, -1)
+    (found,) = recorder.field(recorded).pictures(first.final[None])
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-5)  # as the latents
+
+
+def test_a_pipeline_calibrates_itself(recorder: Recorder, recorded: Trajectories) -> None:
+    (schedule,) = bake_schedules(recorded, [3], None, recorder.field(recorded))
+    evidence = schedule.calibration
+    assert evidence is not None
+    assert evidence.fidelity is not None
+    assert evidence.noise_floor is not None
+    assert evidence.noise_floor > 80  # rounding of float32 sums; 100 would be equality
+
+
+def options(**changes: object) -> RecordOptions:
+    return RecordOptions(size=(64, 64), prompts=("a", "b"), **changes)  # type: ignore[arg-type]
+
+
+def test_a_range_of_scales_is_sampled_evenly_with_both_ends() -> None:
+    prompts = options(samples=9, guidance_range=(2.0, 6.0)).sampled()
+    scales = [prompt.guidance_scale for prompt in prompts if prompt.guidance_scale is not None]
+    np.testing.assert_allclose(sorted(scales), np.linspace(2, 6, 9))
+    assert max(np.diff(sorted(scales[:4]))) < 2.1  # the first samples are spread as well
+    assert [prompt.seed for prompt in prompts] == list(range(9))
+
+
+def test_one_scale_is_a_setting_and_not_a_prompts() -> None:
+    assert all(p.guidance_scale is None for p in options(guidance_scale=3.0).sampled())
+
+
+def test_a_scale_out_of_range_is_refused_before_the_work() -> None:
+    with pytest.raises(InputError, match="0 to 1000, found -1"):
+        options(guidance_range=(-1.0, 3.0))
+    with pytest.raises(CalibrationError, match="1 to 50 evaluations on this grid, found 51"):
+        options(budgets=(51,))
+
+
+def test_recorded_scales_differ_within_the_range(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    tiny_qwen_image.tiny_pipeline().save_pretrained(folder)
+    ranged = RecordOptions(
+        size=(32, 48), prompts=("a red dog",), steps=3, samples=2, guidance_range=(2.0, 6.0)
+    )
+    recorder = Recorder(Checkpoint(folder), ranged)
+    recorded = recorder.record(tmp_path / "r", note=lambda _: None, report=lambda *_: None)
+    assert recorded.settings.guidance_range == (2.0, 6.0)
+    assert recorded.settings.guidance_scale is None
+    found = recorder.field(recorded)(
+        [sample.prompt for sample in recorded.samples], latents_at(recorded, 1), 1
+    )
+    wanted = [t.velocities[1] for t in recorded]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+    low, high = (sample.prompt for sample in recorded.samples)
+    assert (low.guidance_scale, high.guidance_scale) == (2.0, 6.0)
