@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -81,14 +82,24 @@ def ssim(pictures: NDArray[Any], references: NDArray[Any]) -> NDArray[np.float64
     return np.asarray(np.array(values).reshape(len(pictures), -1).mean(axis=1))
 
 
-def _ssim_of_frame(frame: NDArray[Any], reference: NDArray[Any]) -> float:
+def require_ssim() -> None:
+    """Raise `RuntimeUnavailableError` where `ssim` lacks its package, before any work."""
+    _structural_similarity()
+
+
+def _structural_similarity() -> Callable[..., Any]:
     try:
         from skimage.metrics import structural_similarity  # noqa: PLC0415  an extra
     except ImportError as error:
         raise RuntimeUnavailableError(
             f"SSIM needs the package scikit-image ({error}); install meancache-trt[evaluate]"
         ) from error
-    value = structural_similarity(
+    found: Callable[..., Any] = structural_similarity
+    return found
+
+
+def _ssim_of_frame(frame: NDArray[Any], reference: NDArray[Any]) -> float:
+    value = _structural_similarity()(
         # In float64: variances are small differences of squares.
         frame.astype(np.float64),
         reference.astype(np.float64),

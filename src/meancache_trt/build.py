@@ -322,7 +322,12 @@ def named_in(bundle: Bundle, schedule: Schedule, name: str | None = None) -> Sch
 def calibration_directory(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) -> Path:
     """Where `build` records the first of the sizes, beside the bundle; each has a place."""
     first, *_ = resolutions_of(checkpoint, options.sizes, bundle.export.text_tokens)
-    suffix = _suffix(bundle, first.size)
+    return recordings_beside(bundle, first.size)
+
+
+def recordings_beside(bundle: Bundle, size: PictureSize) -> Path:
+    """Where `build` records what a bundle is calibrated with at one of its sizes."""
+    suffix = _suffix(bundle, size)
     return bundle.directory.with_name(f"{bundle.directory.name}.calibration{suffix}")
 
 

@@ -139,6 +139,16 @@ class Recorder:
             self._pipeline, self._call, tuple(size.latent_shape), decode, len(trajectories)
         )
 
+    @property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline itself."""
+        return self._pipeline
+
+    @property
+    def call(self) -> PipelineCall:
+        """How the pipeline is called."""
+        return self._call
+
     @cached_property
     def _pipeline(self) -> Any:
         from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)

@@ -12,6 +12,7 @@ from meancache_trt import __version__
 from meancache_trt.cli.bake import bake
 from meancache_trt.cli.build import build, calibrate, export, plan
 from meancache_trt.cli.demo import demo
+from meancache_trt.cli.evaluate import evaluate
 from meancache_trt.cli.inspect import doctor, inspect
 from meancache_trt.cli.render import encode, render
 from meancache_trt.errors import MeanCacheError
@@ -40,7 +41,19 @@ def cli() -> None:
     """
 
 
-for command in (demo, build, render, inspect, doctor, export, calibrate, bake, plan, encode):
+for command in (
+    demo,
+    build,
+    render,
+    evaluate,
+    inspect,
+    doctor,
+    export,
+    calibrate,
+    bake,
+    plan,
+    encode,
+):
     cli.add_command(command)
 
 

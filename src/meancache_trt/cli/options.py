@@ -36,6 +36,24 @@ class NumberList(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not a list of numbers such as {self._example}", param, ctx)
 
 
+class NameList(click.ParamType[tuple[str, ...]]):
+    """Names with commas between them, such as b10,b15."""
+
+    name = "names"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Split; a usage error where a name is empty."""
+        if isinstance(value, tuple):
+            return value
+        names = tuple(part.strip() for part in str(value).split(","))
+        if not all(names):
+            self.fail(f"{value!r} is not a list of names such as b10,b15", param, ctx)
+        return names
+
+
+NAMES = NameList()
 NUMBERS = NumberList()
 BUDGETS = NumberList("10 or 15,10")
 

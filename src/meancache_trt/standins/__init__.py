@@ -7,7 +7,7 @@ from pathlib import Path
 from meancache_trt.errors import InputError
 from meancache_trt.standins.captions import Split, split_prompts
 
-__all__ = ["DEMO_PROMPTS", "Split", "path", "prompts"]
+__all__ = ["DEMO_PROMPTS", "Split", "names", "path", "prompts"]
 
 DEMO_PROMPTS = (
     "large striped yellow star center navy",
@@ -25,11 +25,13 @@ def path(name: str = "flux") -> Path:
     """The packaged diffusers pipeline folder of a stand-in. Raises `InputError` for no such."""
     folder = Path(__file__).parent / name
     if not (folder / "model_index.json").is_file():
-        known = sorted(
-            index.parent.name for index in Path(__file__).parent.glob("*/model_index.json")
-        )
-        raise InputError(f"expected the name of a stand-in, one of {known}; found {name!r}")
+        raise InputError(f"expected the name of a stand-in, one of {names()}; found {name!r}")
     return folder
+
+
+def names() -> list[str]:
+    """The stand-ins that are packaged, sorted."""
+    return sorted(index.parent.name for index in Path(__file__).parent.glob("*/model_index.json"))
 
 
 def prompts(split: Split) -> list[str]:
