@@ -18,6 +18,7 @@ from meancache_trt.calibration.velocity_field import VelocityField
 from meancache_trt.engine_field import engine_field
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
 from meancache_trt.meancache.schedule import FITTED, Schedule
+from meancache_trt.record import Note, RecordOptions
 from meancache_trt.render import Pipeline
 
 SAMPLES = 16
@@ -28,11 +29,9 @@ BATCH = 8
 
 
 @contextlib.contextmanager
-def calibration(
-    subject: Subject, note: stages.Note
-) -> Iterator[tuple[Trajectories, VelocityField]]:
+def calibration(subject: Subject, note: Note) -> Iterator[tuple[Trajectories, VelocityField]]:
     """Recordings of calibration prompts, and the network that was recorded, by its own engine."""
-    recording = stages.RecordOptions(
+    recording = RecordOptions(
         size=(subject.call.height, subject.call.width),
         prompts=stages.default_prompts(subject.checkpoint),
         steps=STEPS,

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from scripts.rivals.work import probing
 
 from meancache_trt import build as stages
-from meancache_trt.calibration.recording import PipelineCall, load_pipeline
+from meancache_trt.calibration.recording import PipelineCall
 from meancache_trt.calibration.trajectories import Prompt
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.export.family import default_frames
-from meancache_trt.export.registry import detect
+from meancache_trt.record import Recorder, RecordOptions
 
 STEPS = 50
 
@@ -82,29 +81,10 @@ def own_transformer(subject: Subject) -> Iterator[None]:
 def load_subject(name: str, texts: list[str], size: tuple[int, int]) -> Subject:
     """`standin/NAME` or a diffusers folder, to be called with `texts`; picture i has seed 1000 + i.
 
-    Raises `MeanCacheError` where there is no such model.
+    The call is the one that calibration records. Raises `MeanCacheError` where there is no such
+    model.
     """
     checkpoint = stages.find_model(name)
+    recorder = Recorder(checkpoint, RecordOptions(size=size, prompts=tuple(texts), steps=STEPS))
     prompts = tuple(Prompt(text, seed=1000 + index) for index, text in enumerate(texts))
-    return Subject(
-        name, checkpoint, load_pipeline(checkpoint.path), pipeline_call(checkpoint, size), prompts
-    )
-
-
-def pipeline_call(checkpoint: Checkpoint, size: tuple[int, int]) -> PipelineCall:
-    """The call that `build.record_pipeline` makes, so that schedules fit what is rendered."""
-    family = detect(checkpoint.path)
-    configs = checkpoint.configs(("transformer", "vae", "scheduler", *family.text_components))
-    guidance = family.guidance(configs)
-    options: dict[str, Any] = {"negative_prompt": ""} if guidance.is_classifier_free else {}
-    if family.text_tokens_argument:
-        options[family.text_tokens_argument] = family.default_text_tokens(configs)
-    return PipelineCall(
-        steps=STEPS,
-        height=size[0],
-        width=size[1],
-        frames=default_frames(family, configs),
-        guidance_scale=guidance.default_scale,
-        guidance_argument=family.guidance_argument,
-        options=options,
-    )
+    return Subject(name, checkpoint, recorder.pipeline, recorder.call, prompts)
