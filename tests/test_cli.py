@@ -88,6 +88,48 @@ def test_bake_refuses_malformed_schedules_with_one_message(run, arguments, messa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--budget 5 --target-psnr 35", "give --budget or --target-psnr, but not both"),
+        ("--percentile 5", "--percentile is that of --target-psnr; give both"),
+        ("--budget 5,x", "'5,x' is not a list of numbers such as 10 or 15,10"),
+        ("--guidance-scale 6:2", "'6:2' is no range such as 2:6, the lower scale first"),
+        ("--guidance-scale high", "'high' is no scale such as 3.5, and no range such as 2:6"),
+    ],
+)
+@pytest.mark.parametrize("command", ["build", "calibrate"])
+def test_goals_and_scales_that_cannot_be_meant_have_status_2(
+    run, tmp_path, command, arguments, message
+):
+    status, out, err = run(command, "standin/flux", "-o", tmp_path / "x", *arguments.split())
+    assert (status, out) == (2, "")
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_goal_out_of_range_is_one_clear_error(run, tmp_path):
+    goal = ("--target-psnr", 35, "--percentile", 100)
+    message = only_error(run("build", "standin/flux", "-o", tmp_path / "x", *goal))
+    assert "a percentile between 0 and 100" in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_calibrate_finds_the_budget_of_a_goal_and_says_what_it_tried(run, tmp_path):
+    goal = ("--target-psnr", 30, "--confidence", 0.9)
+    sampled = ("--samples", 3, "--steps", 6, "--json")
+    status, out, err = run("calibrate", "standin/flux", "-o", tmp_path / "c", *goal, *sampled)
+    assert status == 0
+    (found,) = json.loads(out)["schedules"]
+    target = found["calibration"]["target"]
+    assert (target["psnr"], target["percentile"]) == (30, None)
+    assert target["confidence"] >= 0.9
+    tried = [line for line in err.splitlines() if "evaluations: " in line]
+    assert any(line.startswith(f"{found['budget']} evaluations") for line in tried)
+    written = json.loads((tmp_path / "c" / f"b{found['budget']}.json").read_text())
+    assert written["calibration"]["target"] == target
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ("--calibration somewhere --budget 5", "run the network; give its --bundle"),
         ("--nodes 0,1,3", "come from recordings; give --calibration"),
     ],

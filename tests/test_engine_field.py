@@ -110,6 +110,43 @@ def test_a_size_that_the_bundle_lacks_is_refused(
         pass
 
 
+def test_each_sample_has_the_guidance_scale_of_its_prompt(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    options = RecordOptions(
+        size=(64, 64), prompts=PROMPTS, steps=STEPS, samples=3, guidance_range=(2.0, 6.0)
+    )
+    ranged = stages.record_pipeline(
+        stages.find_model("standin/flux"),
+        tmp_path / "ranged",
+        options,
+        note=lambda _: None,
+        report=lambda *_: None,
+    )
+    prompts = [sample.prompt for sample in ranged.samples]
+    assert len({prompt.guidance_scale for prompt in prompts}) == 3
+    with engine_field(pipeline, ranged, batch=3) as field:
+        found = field(prompts, latents_at(ranged, 2), 2)
+    wanted = [t.velocities[2] for t in ranged]
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
+
+
+def test_pictures_are_those_that_the_engine_renders(
+    pipeline: Pipeline, recorded: Trajectories
+) -> None:
+    prompt = recorded.samples[0].prompt
+    (rendered,) = pipeline.render(
+        [prompt.text], seed=prompt.seed, schedule="full", guidance_scale=3.5, noise="torch"
+    )
+    with engine_field(pipeline, recorded, batch=4) as field:
+        alone = field.pictures(rendered.latent.reshape(1, -1))
+        three = field.pictures(np.stack([rendered.latent.reshape(-1)] * 3))
+    assert (alone[0] == rendered.pixels).all()
+    np.testing.assert_allclose(
+        three[2], rendered.pixels, atol=1e-5
+    )  # another batch of convolutions
+
+
 @pytest.fixture
 def fitted(bundle: Path, recorded: Trajectories) -> Iterator[Pipeline]:
     opened = Bundle.open(bundle)

@@ -56,7 +56,11 @@ def test_a_schedule_is_named_after_a_placement_that_is_not_its_methods_own(
     run: Any, calibration: Path, bundle: Path
 ) -> None:
     given = ("--calibration", calibration, "--budget", 3, "--bundle", bundle)
-    for chosen in ("--method ab2", "--method ab2 --placement path", "--method official --placement even"):
+    for chosen in (
+        "--method ab2",
+        "--method ab2 --placement path",
+        "--method official --placement even",
+    ):
         assert run("bake", *given, *chosen.split())[0] == 0
     opened = Bundle.open(bundle)
     names = {"ab2-b3", "ab2-path-b3", "official-even-b3"}

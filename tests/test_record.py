@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from meancache_trt.calibration.baking import bake_schedules
-from meancache_trt.calibration.recording import load_pipeline
 from meancache_trt.calibration.trajectories import Array, Trajectories
 from meancache_trt.errors import CalibrationError, InputError
 from meancache_trt.export.checkpoint import Checkpoint
@@ -63,7 +62,7 @@ def test_velocities_are_those_that_were_recorded(
 
 
 def test_pictures_are_those_of_the_pipeline(recorder: Recorder, recorded: Trajectories) -> None:
-    pipeline, call = load_pipeline(recorder._checkpoint.path), recorder._call
+    pipeline, call = recorder.pipeline, recorder.call
     first = next(iter(recorded))
     arguments = {**call.arguments(first.prompt), "output_type": "pt"}
     with torch.inference_mode():

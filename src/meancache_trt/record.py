@@ -109,7 +109,7 @@ class Recorder:
         note(f"calibrate: recording {len(prompts)} samples of {self._options.steps} steps")
         if is_forced:
             discard(directory)
-        sampler, model = PipelineSampler(self._pipeline, self._call), identify(self._checkpoint)
+        sampler, model = PipelineSampler(self.pipeline, self.call), identify(self._checkpoint)
         settings = sampler.settings(
             prompts[0],
             family=self._family.name,
@@ -129,28 +129,19 @@ class Recorder:
         size = resolution(
             self._family, self._configs, Size(height, width, self._text_tokens, frames)
         )
-        wrapper, vae = self._family.wrapper(), self._pipeline.vae
+        wrapper, vae = self._family.wrapper(), self.pipeline.vae
 
         def decode(latent: torch.Tensor) -> torch.Tensor:
             shaped = latent.reshape(1, *size.decode_shape)
             return wrapper.reference_image(vae, shaped, size.symbols)
 
         return PipelineField(
-            self._pipeline, self._call, tuple(size.latent_shape), decode, len(trajectories)
+            self.pipeline, self.call, tuple(size.latent_shape), decode, len(trajectories)
         )
 
-    @property
+    @cached_property
     def pipeline(self) -> Any:
         """The diffusers pipeline itself."""
-        return self._pipeline
-
-    @property
-    def call(self) -> PipelineCall:
-        """How the pipeline is called."""
-        return self._call
-
-    @cached_property
-    def _pipeline(self) -> Any:
         from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)
             load_pipeline,
         )
@@ -167,7 +158,8 @@ class Recorder:
         return default_frames(self._family, self._configs) if frames is None else frames
 
     @property
-    def _call(self) -> PipelineCall:
+    def call(self) -> PipelineCall:
+        """How the pipeline is called for a sample."""
         from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)
             PipelineCall,
         )

@@ -397,3 +397,21 @@ def test_schema_refuses_what_its_words_can_say(case: str) -> None:
     MALFORMED[case][0](fields)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(fields, published_schema())
+
+
+# -------------------------------------------------------------------- ranges of guidance scales
+
+
+def test_a_schedule_for_a_range_serves_every_scale_in_it() -> None:
+    ranged = msgspec.structs.replace(fitted(), guidance_range=(2.0, 6.0))
+    for scale in (2.0, 3.5, 6.0):
+        assert ranged.fit_to(GRID, scale) == ranged
+    for scale in (1.9, 6.1, None):
+        with pytest.raises(ScheduleError, match=rf"scales 2 to 6, found {scale}; render with one"):
+            ranged.fit_to(GRID, scale)
+    assert ranged.on_grid(GRID) == ranged
+
+
+def test_a_range_of_impossible_scales_is_refused() -> None:
+    with pytest.raises(InputError, match="0 to 1000, found 2000"):
+        msgspec.structs.replace(fitted(), guidance_range=(2.0, 2000.0))
