@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from meancache_trt.calibration.evaluation import Evaluation
+
 INK, MUTED, LINE, SURFACE = "#fe0001", "#fe0002", "#fe0003", "#fe0004"
 """What the page calls --ink, --muted, --line and --surface."""
 
-SERIES = 10
-"""Colours of the page, --s0 to --s9; more methods than that begin again."""
+SERIES = 13
+"""Colours of the page, --s0 to --s12; more methods than that begin again."""
 
 _MARKERS = "os^DvPX*<>h"
 _SYMBOLS = "●■▲◆▼✚✖★◀▶⬢"
@@ -47,9 +49,11 @@ class Mark:
         return f"--s{self.index % SERIES}"
 
 
-def marks_of(methods: list[str]) -> dict[str, Mark]:
-    """A mark for each method, in their order."""
-    return {method: Mark(index) for index, method in enumerate(methods)}
+def marks_of(evaluation: Evaluation) -> dict[str, Mark]:
+    """A mark for each method, in their order; the compared one has the page's accent."""
+    others = [method for method in evaluation.methods if method != evaluation.against]
+    places = {method: index for index, method in enumerate([evaluation.against, *others])}
+    return {method: Mark(places[method]) for method in evaluation.methods}
 
 
 def for_page(svg: str, name: str) -> str:

@@ -26,6 +26,9 @@ from meancache_trt.evaluate.marks import INK, LINE, MUTED, SURFACE, Mark, for_pa
 
 Array = NDArray[np.float64]
 
+BANDS = 5
+"""More methods than that have no bands but for the compared one: they would hide each other."""
+
 _SMALLEST = 1e-6
 """What a log axis shows of 0."""
 
@@ -121,12 +124,13 @@ def pareto(evaluation: Evaluation, reference: ReferenceName, metric: MetricName)
 
     Not over time: each method costs the same time an evaluation, but for what is measured wrongly.
     """
-    view, marks = _View(reference, metric), marks_of(evaluation.methods)
+    view, marks = _View(reference, metric), marks_of(evaluation)
 
     def draw(axes: Axes) -> None:
         for method, mark in marks.items():
             rows = [row for row in evaluation.rows if row.method == method]
-            _curve(axes, *view.points(rows), mark)
+            is_banded = method == evaluation.against or len(marks) <= BANDS
+            _curve(axes, *view.points(rows), mark, is_banded=is_banded)
         _level(axes, evaluation, view)
         if metric != "psnr":
             _make_logarithmic(axes)
@@ -150,10 +154,13 @@ def _make_logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _curve(axes: Axes, x: list[int], mean: Array, p5: Array, mark: Mark) -> None:
+def _curve(
+    axes: Axes, x: list[int], mean: Array, p5: Array, mark: Mark, *, is_banded: bool
+) -> None:
     colour = mark.colour
-    axes.fill_between(x, p5, mean, color=colour, alpha=0.10, linewidth=0)
-    axes.plot(x, p5, color=colour, linewidth=0.8, linestyle=(0, (2, 2)), alpha=0.8)
+    if is_banded:
+        axes.fill_between(x, p5, mean, color=colour, alpha=0.10, linewidth=0)
+        axes.plot(x, p5, color=colour, linewidth=0.8, linestyle=(0, (2, 2)), alpha=0.8)
     axes.plot(x, mean, color=colour, marker=mark.marker, markeredgecolor=SURFACE)
 
 
@@ -183,7 +190,7 @@ def _level(axes: Axes, evaluation: Evaluation, view: _View) -> None:
 def timeline(evaluation: Evaluation, budget: int) -> Plot:
     """Where on the σ axis each method evaluates the network, at one budget."""
     rows = [row for row in evaluation.rows if row.budget == budget]
-    marks = marks_of(evaluation.methods)
+    marks = marks_of(evaluation)
 
     def draw(axes: Axes) -> None:
         for place, row in enumerate(rows):
@@ -261,7 +268,7 @@ def scatter(evaluation: Evaluation, budget: int, reference: ReferenceName) -> Pl
     ]
     if comparison is None or not others:
         return None
-    x, marks = np.array(comparison.psnr.values), marks_of(evaluation.methods)
+    x, marks = np.array(comparison.psnr.values), marks_of(evaluation)
 
     def draw(axes: Axes) -> None:
         found = [row.comparison(reference) for row in others]

@@ -146,7 +146,7 @@ def _environment() -> Environment:
 def _context(evaluation: Evaluation, store: PictureStore) -> dict[str, Any]:
     from meancache_trt.evaluate import plots  # noqa: PLC0415  (needs matplotlib)
 
-    marks = marks_of(evaluation.methods)
+    marks = marks_of(evaluation)
     budgets, references = evaluation.budgets, evaluation.references
     best = best_row(evaluation, budgets[len(budgets) // 2])
     costs = evaluation.edge_costs
@@ -157,6 +157,7 @@ def _context(evaluation: Evaluation, store: PictureStore) -> dict[str, Any]:
         "setup": evaluation.setup,
         "version": __version__,
         "marks": marks,
+        "banded": evaluation.against if len(marks) > plots.BANDS else "each method",
         "cards": [_card(evaluation, budget) for budget in budgets],
         "lead": _lead(evaluation),
         "tables": [_table(evaluation, "own", metric) for metric in METRICS],
