@@ -134,9 +134,8 @@ class _Gallery:
         self, pipeline: Pipeline, trajectories: Trajectories, split: standins.Split, count: int
     ) -> None:
         settings = trajectories.settings
-        name = Path(pipeline.bundle.export.model.name).name
         self._pipeline, self._scale = pipeline, settings.guidance_scale
-        self._prompts = pipeline.encode(standins.prompts(split, name)[:count])
+        self._prompts = pipeline.encode(standins.prompts(split)[:count])
         shape = pipeline.resolution().noise_shape
         self._noise = [philox_normal(1000 + index, shape) for index in range(count)]
         self._full = self._pictures(bake("euler", settings.grid, range(settings.grid.steps)))
