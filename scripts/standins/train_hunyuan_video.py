@@ -1,4 +1,4 @@
-"""Trains the HunyuanVideo stand-in: autoencoder, flow matching, guidance distillation.
+"""Trains the HunyuanVideo stand-in: autoencoder, decoder, flow matching, guidance distillation.
 
 Each phase leaves its result in `--work` and is skipped when the result is there. The phases
 that train the transformer share the work when started by `torch.distributed.run`.
@@ -10,6 +10,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+import autoencoder
 import flow
 import from_flux
 import guided_flow
@@ -41,19 +42,33 @@ def train_autoencoder(space: Workspace, seconds: float) -> None:
     torch.manual_seed(options.seed)
     network = video_autoencoder.build()
     measurements = video_autoencoder.train(network, options)
-    if workers.rank() == 0:
-        network.save_pretrained(space.folder / "autoencoder")
+    _save_autoencoder(space, "autoencoder", network)
     space.record("autoencoder", measurements, options)
 
 
-def load_autoencoder(folder: Path) -> AutoencoderKLHunyuanVideo:
-    """The frozen autoencoder of phase 1."""
-    network = AutoencoderKLHunyuanVideo.from_pretrained(folder / "autoencoder")
+def refine_decoder(space: Workspace, seconds: float) -> None:
+    """Phase 1b: more time for the decoder; latents stay what they are."""
+    options = video_autoencoder.options(seconds)
+    network = load_autoencoder(space)
+    measurements = autoencoder.refine_decoder(network, options, video_autoencoder.all_videos)
+    _save_autoencoder(space, "decoder", network)
+    space.record("decoder", measurements, options)
+
+
+def _save_autoencoder(space: Workspace, phase: str, network: AutoencoderKLHunyuanVideo) -> None:
+    if workers.rank() == 0:
+        network.save_pretrained(space.folder / phase)
+
+
+def load_autoencoder(space: Workspace) -> AutoencoderKLHunyuanVideo:
+    """The frozen autoencoder, with the refined decoder where there is one."""
+    name = "decoder" if space.has("decoder") else "autoencoder"
+    network = AutoencoderKLHunyuanVideo.from_pretrained(space.folder / name)
     return network.eval().requires_grad_(False)
 
 
 def build_pool(
-    autoencoder: AutoencoderKLHunyuanVideo, tokenizers: model.Tokenizers, size: int
+    vae: AutoencoderKLHunyuanVideo, tokenizers: model.Tokenizers, size: int
 ) -> flow.Pool:
     """This worker's share of `size` encoded and captioned training videos."""
     tokenize = (
@@ -64,7 +79,7 @@ def build_pool(
         video_captions.training_scenes(), moving_shapes.videos, video_captions.random_caption
     )
     share, seed = size // workers.count(), 5 + workers.rank()
-    return flow.build_pool(autoencoder, tokenize, share, seed, world)
+    return flow.build_pool(vae, tokenize, share, seed, world)
 
 
 def _network(tokenizers: model.Tokenizers, latent_channels: int) -> model.HunyuanVideoNetwork:
@@ -82,9 +97,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of the phases' results")
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
-    parser.add_argument("--autoencoder-seconds", type=float, default=1020)
-    parser.add_argument("--flow-seconds", type=float, default=2100)
-    parser.add_argument("--distil-seconds", type=float, default=500)
+    parser.add_argument("--autoencoder-seconds", type=float, default=500)
+    parser.add_argument("--decoder-seconds", type=float, default=300)
+    parser.add_argument("--flow-seconds", type=float, default=960)
+    parser.add_argument("--distil-seconds", type=float, default=300)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pool", type=int, default=5120, help="videos kept in memory")
     parser.add_argument("--threads", type=int, default=1)
@@ -100,16 +116,17 @@ def main() -> None:
     tokenizers = model.tokenizers()
 
     def save_pipeline(network: nn.Module) -> None:
-        autoencoder = load_autoencoder(arguments.work)
-        model.save_pipeline(network, autoencoder, tokenizers, arguments.output)
+        model.save_pipeline(network, load_autoencoder(space), tokenizers, arguments.output)
 
     space = Workspace(arguments.work, save_pipeline)
     if not space.has("autoencoder"):
         train_autoencoder(space, arguments.autoencoder_seconds)
+    if not space.has("decoder"):
+        refine_decoder(space, arguments.decoder_seconds)
     if not space.has("distilled"):
         _train_transformer(space, tokenizers, arguments)
     if workers.rank() == 0:
-        network = _network(tokenizers, load_autoencoder(arguments.work).config.latent_channels)
+        network = _network(tokenizers, load_autoencoder(space).config.latent_channels)
         space.load("distilled", network)
         space.save_pipeline(network)
         model_card.write(model_card.HUNYUAN_VIDEO, arguments.work, arguments.output)
@@ -118,10 +135,10 @@ def main() -> None:
 def _train_transformer(
     space: Workspace, tokenizers: model.Tokenizers, arguments: argparse.Namespace
 ) -> None:
-    autoencoder = load_autoencoder(arguments.work)
-    pool = build_pool(autoencoder, tokenizers, arguments.pool)
+    vae = load_autoencoder(space)
+    pool = build_pool(vae, tokenizers, arguments.pool)
     print("pool ready", flush=True)
-    new_network = partial(_network, tokenizers, autoencoder.config.latent_channels)
+    new_network = partial(_network, tokenizers, vae.config.latent_channels)
     common = {
         "learning_rate": 1e-3,
         "batch_size": arguments.batch_size,

@@ -26,9 +26,7 @@ def options(seconds: float) -> training.AutoencoderOptions:
 
 def build() -> AutoencoderKLHunyuanVideo:
     """From 9 x 48 x 48 pixels to 3 x 12 x 12 latents, with the pictures' weights."""
-    pictures = AutoencoderKL.from_pretrained(
-        standins.path("flux") / "vae", torch_dtype=torch.float32
-    )
+    pictures = AutoencoderKL.from_pretrained(standins.path("flux") / "vae").float()
     stages = len(pictures.config.block_out_channels)
     model = AutoencoderKLHunyuanVideo(
         latent_channels=pictures.config.latent_channels,

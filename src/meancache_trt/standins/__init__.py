@@ -47,6 +47,10 @@ def path(name: str = "flux") -> Path:
 
 
 def prompts(split: Split, name: str = "flux") -> list[str]:
-    """The prompts of a split of a stand-in's, the same in every process; splits share no scene."""
-    path(name)
+    """The prompts of a split of a stand-in's, the same in every process; splits share no scene.
+
+    Raises `InputError` for no such stand-in.
+    """
+    if name not in _WORLDS:
+        raise InputError(f"expected the name of a stand-in, one of {list(_WORLDS)}; found {name!r}")
     return list(_WORLDS[name].split_prompts(split))
