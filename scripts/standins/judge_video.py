@@ -23,7 +23,7 @@ VIDEOS = judge.Drawings(
     {name: len(values) for name, values in zip(NAMES, moving_shapes.ATTRIBUTE_VALUES, strict=True)},
     moving_shapes.attribute_indices,
     moving_shapes.draw,
-    per_value=48,
+    per_value=24,
 )
 COLUMNS, SHOWN_FRAMES = 3, (0, 2, 4, 6, 8)
 TILE_PX, CAPTION_PX, GAP_PX = 72, 16, 8
