@@ -21,7 +21,7 @@ class Card:
 
 
 FLUX = Card("flux_card.md", ("autoencoder", "decoder"))
-HUNYUAN_VIDEO = Card("hunyuan_video_card.md", ("autoencoder", "decoder"))
+HUNYUAN_VIDEO = Card("hunyuan_video_card.md", ("autoencoder",))
 
 
 def write(card: Card, work: Path, pipeline_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trains the HunyuanVideo stand-in: autoencoder, decoder, flow matching, guidance distillation.
+"""Trains the HunyuanVideo stand-in: autoencoder, flow matching, guidance distillation.
 
 Each phase leaves its result in `--work` and is skipped when the result is there. The phases
 that train the transformer share the work when started by `torch.distributed.run`.
@@ -10,7 +10,6 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-import autoencoder
 import flow
 import from_flux
 import guided_flow
@@ -42,28 +41,14 @@ def train_autoencoder(space: Workspace, seconds: float) -> None:
     torch.manual_seed(options.seed)
     network = video_autoencoder.build()
     measurements = video_autoencoder.train(network, options)
-    _save_autoencoder(space, "autoencoder", network)
+    if workers.rank() == 0:
+        network.save_pretrained(space.folder / "autoencoder")
     space.record("autoencoder", measurements, options)
 
 
-def refine_decoder(space: Workspace, seconds: float) -> None:
-    """Phase 1b: more time for the decoder; latents stay what they are."""
-    options = video_autoencoder.options(seconds)
-    network = load_autoencoder(space)
-    measurements = autoencoder.refine_decoder(network, options, video_autoencoder.all_videos)
-    _save_autoencoder(space, "decoder", network)
-    space.record("decoder", measurements, options)
-
-
-def _save_autoencoder(space: Workspace, phase: str, network: AutoencoderKLHunyuanVideo) -> None:
-    if workers.rank() == 0:
-        network.save_pretrained(space.folder / phase)
-
-
 def load_autoencoder(space: Workspace) -> AutoencoderKLHunyuanVideo:
-    """The frozen autoencoder, with the refined decoder where there is one."""
-    name = "decoder" if space.has("decoder") else "autoencoder"
-    network = AutoencoderKLHunyuanVideo.from_pretrained(space.folder / name)
+    """The frozen autoencoder of phase 1."""
+    network = AutoencoderKLHunyuanVideo.from_pretrained(space.folder / "autoencoder")
     return network.eval().requires_grad_(False)
 
 
@@ -98,9 +83,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of the phases' results")
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
     parser.add_argument("--autoencoder-seconds", type=float, default=500)
-    parser.add_argument("--decoder-seconds", type=float, default=300)
-    parser.add_argument("--flow-seconds", type=float, default=960)
-    parser.add_argument("--distil-seconds", type=float, default=300)
+    parser.add_argument("--flow-seconds", type=float, default=900)
+    parser.add_argument("--distil-seconds", type=float, default=270)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pool", type=int, default=5120, help="videos kept in memory")
     parser.add_argument("--threads", type=int, default=1)
@@ -121,8 +105,6 @@ def main() -> None:
     space = Workspace(arguments.work, save_pipeline)
     if not space.has("autoencoder"):
         train_autoencoder(space, arguments.autoencoder_seconds)
-    if not space.has("decoder"):
-        refine_decoder(space, arguments.decoder_seconds)
     if not space.has("distilled"):
         _train_transformer(space, tokenizers, arguments)
     if workers.rank() == 0:
