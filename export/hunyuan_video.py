@@ -25,7 +25,13 @@ GUIDANCE_UNITS = 1000.0
 
 _PIPELINE_FRAMES = 129  # HunyuanVideoPipeline.__call__, about five seconds
 _PIPELINE_TEXT_TOKENS = 256  # likewise, beyond the template that it cuts off
+_TEMPLATE_TOKENS = 95  # `crop_start` of that template
+_LLAMA_POSITIONS = 2048  # LlamaConfig's default
 _TRAINED_SIDE = 720  # the square among the sizes that HunyuanVideo's authors list
+
+# Where vae/config.json says otherwise of its checkpoint, as AutoencoderKL's sample_size does. The
+# class has no such settings; diffusers ignores those that begin with an underscore.
+_SIDE_SETTING, _FRAMES_SETTING = "_sample_size", "_sample_frames"
 
 # AutoencoderKLHunyuanVideo.__init__: the extent of a tile, and how far on the next one begins
 _TILE_FRAMES, _TILE_PIXELS = (16, 12), (256, 192)
@@ -51,12 +57,22 @@ def _longest_side(configs: Configs) -> int:
     return AXIS_POSITIONS * _multiple(configs)
 
 
+def _default_side(configs: Configs) -> int:
+    return int(configs["vae"].get(_SIDE_SETTING, _TRAINED_SIDE))
+
+
+def _default_text_tokens(configs: Configs) -> int:
+    """The pipeline's, or what is left of the encoder's positions after the template."""
+    positions = configs["text_encoder"].get("max_position_embeddings", _LLAMA_POSITIONS)
+    return min(_PIPELINE_TEXT_TOKENS, int(positions) - _TEMPLATE_TOKENS)
+
+
 def _frames(configs: Configs) -> FrameRule:
     stride = int(setting(configs, "vae", "temporal_compression_ratio"))
     return FrameRule(
         stride=stride,
         longest=(AXIS_POSITIONS - 1) * stride + 1,
-        default=_PIPELINE_FRAMES,
+        default=int(configs["vae"].get(_FRAMES_SETTING, _PIPELINE_FRAMES)),
         per_second=24.0,  # what sample_video.py of HunyuanVideo's authors saves at
     )
 
@@ -172,10 +188,10 @@ HUNYUAN_VIDEO = Family(
     guidance_argument="guidance_scale",
     text_tokens_argument="max_sequence_length",
     guidance=_guidance,
-    default_text_tokens=lambda _: _PIPELINE_TEXT_TOKENS,
+    default_text_tokens=_default_text_tokens,
     multiple=_multiple,
     longest_side=_longest_side,
-    default_side=lambda _: _TRAINED_SIDE,
+    default_side=_default_side,
     symbols=_symbols,
     signatures=_signatures,
     wrapper=_wrapper,

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import text_models
 import torch
 import workers
-from autoencoder import encode, pictures
-from diffusers import AutoencoderKL
+from autoencoder import Autoencoder, encode, pictures
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from meancache_trt.standins.captions import random_caption, training_scenes
+
+POOL_BATCH = 256
+
+
+@dataclass(frozen=True)
+class World:
+    """Captioned scenes to train on, their endless batches of pixels, and their wordings."""
+
+    scenes: list[Any]
+    batches: Callable[[list[Any], int, torch.Generator], Iterator[tuple[Tensor, Tensor]]]
+    caption: Callable[[Any, random.Random], str]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed latents `(B, N, D)` and the caption's ids `(B, 32)` for each tokenizer."""
+    """Latents as the model takes them, and the captions' ids `(B, N)` for each tokenizer."""
 
     latents: Tensor
     token_ids: tuple[Tensor, ...]
@@ -44,32 +53,36 @@ class Pool:
             yield Batch(self.latents[rows].float(), token_ids)
 
 
+def picture_world() -> World:
+    """The pictures outside ``heldout``."""
+    return World(training_scenes(), pictures, random_caption)
+
+
 def build_pool(
-    autoencoder: AutoencoderKL,
-    tokenizers: Iterable[PreTrainedTokenizerBase],
-    pack: Callable[[Tensor], Tensor],
+    autoencoder: Autoencoder,
+    tokenize: Sequence[Callable[[Sequence[str]], Tensor]],
     size: int,
     seed: int,
+    world: World,
 ) -> Pool:
-    """Draws, encodes, packs and captions `size` training pictures."""
-    scenes, rng = training_scenes(), random.Random(seed)
-    source = pictures(scenes, 256, torch.Generator().manual_seed(seed))
+    """Draws, encodes and captions `size` pictures or videos."""
+    rng = random.Random(seed)
+    source = world.batches(world.scenes, POOL_BATCH, torch.Generator().manual_seed(seed))
     latents, captions = [], []
-    for _ in range(size // 256):
+    for _ in range(size // POOL_BATCH):
         rows, pixels = next(source)
-        latents.append(pack(encode(autoencoder, pixels)))
-        captions += [random_caption(scenes[row], rng) for row in rows.tolist()]
-    tokenizers = tuple(tokenizers)
+        latents.append(encode(autoencoder, pixels))
+        captions += [world.caption(world.scenes[row], rng) for row in rows.tolist()]
     return Pool(
         torch.cat(latents),
-        tuple(text_models.token_ids(tokenizer, captions) for tokenizer in tokenizers),
-        tuple(text_models.token_ids(tokenizer, [""]) for tokenizer in tokenizers),
+        tuple(token_ids(captions) for token_ids in tokenize),
+        tuple(token_ids([""]) for token_ids in tokenize),
     )
 
 
-def sample_sigmas(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels `(B,)`: four in five logit-normal with mean 0.8, which suits shift 3."""
-    logit_normal = torch.sigmoid(torch.randn(count, generator=generator) + 0.8)
+def sample_sigmas(count: int, generator: torch.Generator, mean: float = 0.8) -> Tensor:
+    """Noise levels `(B,)`: four in five logit-normal; a mean of 0.8 suits shift 3."""
+    logit_normal = torch.sigmoid(torch.randn(count, generator=generator) + mean)
     uniform = torch.rand(count, generator=generator)
     return torch.where(torch.rand(count, generator=generator) < 0.2, uniform, logit_normal)
 
@@ -77,7 +90,12 @@ def sample_sigmas(count: int, generator: torch.Generator) -> Tensor:
 def noised(latents: Tensor, sigmas: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The latents at their noise levels, and the velocity that leads there from the image."""
     noise = torch.randn(latents.shape, generator=generator)
-    return torch.lerp(latents, noise, sigmas.view(-1, 1, 1)), noise - latents
+    return torch.lerp(latents, noise, per_sample(sigmas, latents)), noise - latents
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Values `(B,)` with as many dimensions as `like`, so that they broadcast."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 class Ema:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import pipeline_folder
 import shapes
 import text_models
 import torch
@@ -75,6 +76,11 @@ class FluxNetwork(nn.Module):
         self.register_buffer("image_ids", image_ids(), persistent=False)
         self.register_buffer("text_ids", torch.zeros(text_models.MAX_TOKENS, 3), persistent=False)
 
+    @property
+    def text_encoders(self) -> tuple[nn.Module, nn.Module]:
+        """What distillation leaves as it is."""
+        return self.clip, self.t5
+
     def encode_text(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Token states `(B, 32, 64)` and the pooled state `(B, 64)`."""
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
@@ -99,29 +105,15 @@ class FluxNetwork(nn.Module):
 def save_pipeline(
     network: FluxNetwork, autoencoder: AutoencoderKL, tokenizers: Tokenizers, folder: Path
 ) -> None:
-    """Writes a complete half-precision FluxPipeline folder; a reader never sees half a file."""
+    """Writes a complete half-precision FluxPipeline folder."""
+    network = copy.deepcopy(network)
     pipeline = FluxPipeline(
         scheduler=scheduler(),
-        vae=_without_origin(autoencoder),
+        vae=pipeline_folder.without_origin(autoencoder),
         text_encoder=network.clip,
         tokenizer=tokenizers.clip,
         text_encoder_2=network.t5,
         tokenizer_2=tokenizers.t5,
         transformer=network.transformer,
     )
-    partial = folder.with_name(f"{folder.name}.partial")
-    pipeline.to(torch.float16).save_pretrained(partial, safe_serialization=True)
-    for file in [path for path in partial.rglob("*") if path.is_file()]:
-        target = folder / file.relative_to(partial)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.chmod(0o644)
-        file.replace(target)
-    shutil.rmtree(partial)
-
-
-def _without_origin(autoencoder: AutoencoderKL) -> AutoencoderKL:
-    """A copy whose configuration does not name the folder that it was loaded from."""
-    config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
-    copy: AutoencoderKL = AutoencoderKL.from_config(config)
-    copy.load_state_dict(autoencoder.state_dict())
-    return copy
+    pipeline_folder.save(pipeline, folder)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import shapes
 import torch
@@ -17,32 +19,58 @@ from meancache_trt.standins.captions import Scene, split_scenes
 DRAWINGS_PER_VALUE = 160
 
 
-def attribute_accuracy(pictures: Tensor, scenes: list[Scene]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Drawings:
+    """What samples are compared with: scenes as indices `(B, attributes)`, and their drawings.
+
+    `values` are how many each attribute has, by its name, in the order of the indices.
+    """
+
+    values: Mapping[str, int]
+    indices: Callable[[Sequence[Any]], Tensor]
+    draw: Callable[[Tensor, torch.Generator], Tensor]
+    per_value: int = DRAWINGS_PER_VALUE
+
+
+PICTURES = Drawings(
+    {
+        field.name: len(values)
+        for field, values in zip(fields(Scene), shapes.ATTRIBUTE_VALUES, strict=True)
+    },
+    shapes.attribute_indices,
+    shapes.draw,
+)
+
+
+def attribute_accuracy(
+    samples: Tensor, scenes: Sequence[Any], drawings: Drawings = PICTURES
+) -> dict[str, float]:
     """For each attribute, how often the nearest drawing has the captioned value.
 
-    `pictures` are `(B, 3, 64, 64)` in [-1, 1]. The other attributes are taken from the
+    `samples` are what `drawings` draws, in [-1, 1]. The other attributes are taken from the
     caption, and placement is free within what the drawing itself varies.
     """
     generator = torch.Generator().manual_seed(9)
-    names = [field.name for field in fields(Scene)]
-    attributes = shapes.attribute_indices(scenes)
+    attributes = drawings.indices(scenes)
     return {
         name: sum(
-            _nearest(picture, row, column, generator) == int(row[column])
-            for picture, row in zip(pictures, attributes, strict=True)
+            _nearest(sample, row, column, drawings, generator) == int(row[column])
+            for sample, row in zip(samples, attributes, strict=True)
         )
         / len(scenes)
-        for column, name in enumerate(names)
+        for column, name in enumerate(drawings.values)
     }
 
 
-def _nearest(picture: Tensor, row: Tensor, column: int, generator: torch.Generator) -> int:
-    """The value of one attribute whose drawings come closest to the picture."""
-    count = len(shapes.ATTRIBUTE_VALUES[column])
-    candidates = row.repeat(count * DRAWINGS_PER_VALUE, 1)
-    candidates[:, column] = torch.arange(count).repeat_interleave(DRAWINGS_PER_VALUE)
-    error = (shapes.draw(candidates, generator) - picture).square().flatten(1).mean(1)
-    return int(error.argmin()) // DRAWINGS_PER_VALUE
+def _nearest(
+    sample: Tensor, row: Tensor, column: int, drawings: Drawings, generator: torch.Generator
+) -> int:
+    """The value of one attribute whose drawings come closest to the sample."""
+    count = list(drawings.values.values())[column]
+    candidates = row.repeat(count * drawings.per_value, 1)
+    candidates[:, column] = torch.arange(count).repeat_interleave(drawings.per_value)
+    error = (drawings.draw(candidates, generator) - sample).square().flatten(1).mean(1)
+    return int(error.argmin()) // drawings.per_value
 
 
 @torch.inference_mode()
@@ -68,12 +96,12 @@ def sample(
     return torch.cat(batches)
 
 
-def table(drawings: dict[str, float], pictures: dict[str, float], heading: str) -> str:
+def table(
+    drawings: dict[str, float], samples: dict[str, float], heading: str, kind: str = "pictures"
+) -> str:
     """The accuracies as a Markdown table; those of true drawings are the ceiling."""
-    rows = "\n".join(
-        f"| {name} | {pictures[name]:.0%} | {drawings[name]:.0%} |" for name in pictures
-    )
-    return f"{heading}\n\n| attribute | pictures | true drawings |\n|---|---|---|\n{rows}\n"
+    rows = "\n".join(f"| {name} | {samples[name]:.0%} | {drawings[name]:.0%} |" for name in samples)
+    return f"{heading}\n\n| attribute | {kind} | true drawings |\n|---|---|---|\n{rows}\n"
 
 
 def main() -> None:

@@ -1,36 +1,56 @@
-"""Writes the model card of the FLUX.1-dev stand-in from the phases' measurements."""
+"""Writes the model cards of the stand-ins from the phases' measurements."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 
-_TEMPLATE = Path(__file__).with_name("flux_card.md")
+_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
-def write(work: Path, pipeline_folder: Path) -> None:
+@dataclass(frozen=True)
+class Card:
+    """A template beside this file, and the phases whose measurements it tells."""
+
+    template: str
+    autoencoder_phases: tuple[str, ...]
+
+
+FLUX = Card("flux_card.md", ("autoencoder", "decoder"))
+HUNYUAN_VIDEO = Card("hunyuan_video_card.md", ("autoencoder",))
+
+
+def write(card: Card, work: Path, pipeline_folder: Path) -> None:
     """Writes `README.md` into the pipeline folder."""
-    phases = {name: _read(work, name) for name in ("autoencoder", "decoder", "flow", "distilled")}
-    pipeline = FluxPipeline.from_pretrained(pipeline_folder)
-    names = ("transformer", "vae", "text_encoder", "text_encoder_2")
-    counts = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in names}
-    text = _TEMPLATE.read_text().format(
-        total=sum(counts.values()) / 1e6,
-        megabytes=_size_bytes(pipeline_folder) / 1e6,
-        clip_words=len(pipeline.tokenizer),
-        t5_words=len(pipeline.tokenizer_2),
-        minutes=sum(phase["measurements"]["seconds"] for phase in phases.values()) / 60,
-        rows="\n".join(_row(name, phase) for name, phase in phases.items()),
-        psnr=phases["decoder"]["measurements"]["psnr_db"],
-        dropout=phases["flow"]["options"]["caption_dropout"],
-        flow_curve=_curve(phases["flow"]),
-        distil_curve=_curve(phases["distilled"]),
-        evaluation=_text(work / "evaluation.md"),
-        notes=_text(work / "notes.md"),
-        **counts,
+    names = (*card.autoencoder_phases, "flow", "distilled")
+    phases = {name: _read(work, name) for name in names}
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder)
+    counts = {
+        name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in _COMPONENTS
+    }
+    text = (
+        Path(__file__)
+        .with_name(card.template)
+        .read_text()
+        .format(
+            total=sum(counts.values()) / 1e6,
+            megabytes=_size_bytes(pipeline_folder) / 1e6,
+            words=len(pipeline.tokenizer),
+            words_2=len(pipeline.tokenizer_2),
+            minutes=sum(phase["measurements"]["seconds"] for phase in phases.values()) / 60,
+            rows="\n".join(_row(name, phase) for name, phase in phases.items()),
+            psnr=phases[card.autoencoder_phases[-1]]["measurements"]["psnr_db"],
+            dropout=phases["flow"]["options"]["caption_dropout"],
+            flow_curve=_curve(phases["flow"]),
+            distil_curve=_curve(phases["distilled"]),
+            evaluation=_text(work / "evaluation.md"),
+            notes=_text(work / "notes.md"),
+            **counts,
+        )
     )
     (pipeline_folder / "README.md").write_text(text)
 

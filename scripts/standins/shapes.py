@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -23,10 +23,9 @@ from meancache_trt.standins.captions import (
 
 IMAGE_SIZE = 64
 ATTRIBUTE_VALUES = (SIZES, PATTERNS, COLOURS, SHAPES, POSITIONS, BACKGROUNDS)
-
+MARGIN_PX = 3.0
 
 _RADIUS_PX = {"small": (9.0, 11.0), "large": (16.5, 19.0)}
-_MARGIN_PX = 3.0
 _PATTERN_PERIOD_PX = 8.0
 _PATTERN_DARKNESS = 0.62
 _MAX_TILT_RADIANS = 0.2
@@ -43,20 +42,51 @@ def attribute_indices(scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor(rows)
 
 
+@dataclass(frozen=True)
+class Placement:
+    """What varies between drawings of one scene, `(B, 1, 1)` each; lengths are in pixels of 64."""
+
+    radius: Tensor
+    centre_x: Tensor
+    centre_y: Tensor
+    tilt: Tensor
+    slope: Tensor
+
+
 def draw(attributes: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures `(B, 3, 64, 64)` in [-1, 1] of scenes given as indices `(B, 6)`.
 
     Position, tilt, radius and shading vary with the generator.
     """
-    size, pattern, colour, shape, position, background = attributes.unbind(1)
-    radius = _radius(size, generator)
-    dx, dy = _offsets(position, radius, generator)
-    x, y = _tilted(dx, dy, generator)
-    inside = torch.sigmoid(-2.5 * radius * _distance(shape, x / radius, y / radius))
+    return paint(attributes, place(attributes, generator))
+
+
+def place(attributes: Tensor, generator: torch.Generator) -> Placement:
+    """A random placement for each scene, within what its size and position say."""
+    radius = _radius(attributes[:, 0], generator)
+    count, half = len(attributes), IMAGE_SIZE / 2
+    side = attributes[:, 4].view(-1, 1, 1) - 1
+    return Placement(
+        radius,
+        half + side * (half - radius - MARGIN_PX) + _uniform(count, -1.5, 1.5, generator),
+        half + _uniform(count, -4, 4, generator),
+        _uniform(count, -_MAX_TILT_RADIANS, _MAX_TILT_RADIANS, generator),
+        _uniform(count, -0.06, 0.06, generator),
+    )
+
+
+def paint(attributes: Tensor, placement: Placement, side: int = IMAGE_SIZE) -> Tensor:
+    """Pictures `(B, 3, side, side)` in [-1, 1] of placed scenes; edges are as soft at any side."""
+    _, pattern, colour, shape, _, background = attributes.unbind(1)
+    radius = placement.radius
+    dx, dy = _offsets(placement, side)
+    x, y = _tilted(dx, dy, placement.tilt)
+    softness = 2.5 * side / IMAGE_SIZE
+    inside = torch.sigmoid(-softness * radius * _distance(shape, x / radius, y / radius))
     texture = _texture(pattern, x, y)
     shade = (1 - 0.18 * (0.7 * dy + 0.4 * dx) / radius).clamp(0.7, 1.2)
     paint = _rgb(COLOUR_RGB)[colour].view(-1, 3, 1, 1) * (shade * texture).unsqueeze(1)
-    backdrop = _backdrop(background, dx, dy, radius, generator)
+    backdrop = _backdrop(background, dx, dy, placement)
     picture = torch.lerp(backdrop, paint, inside.unsqueeze(1))
     return picture.clamp(0, 1) * 2 - 1
 
@@ -75,22 +105,14 @@ def _radius(size: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(low, high, draw).view(-1, 1, 1)
 
 
-def _offsets(position: Tensor, radius: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pixel coordinates relative to the centre of the shape, `(B, 64, 64)` each."""
-    pixels = torch.arange(IMAGE_SIZE) + 0.5
-    half = IMAGE_SIZE / 2
-    side = position.view(-1, 1, 1) - 1
-    centre_x = (
-        half + side * (half - radius - _MARGIN_PX) + _uniform(len(side), -1.5, 1.5, generator)
-    )
-    centre_y = half + _uniform(len(side), -4, 4, generator)
-    return torch.broadcast_tensors(
-        pixels.view(1, 1, -1) - centre_x, pixels.view(1, -1, 1) - centre_y
-    )
+def _offsets(placement: Placement, side: int) -> tuple[Tensor, Tensor]:
+    """Coordinates of pixels relative to the centre of the shape, `(B, side, side)` each."""
+    pixels = (torch.arange(side) + 0.5) * (IMAGE_SIZE / side)
+    dx = pixels.view(1, 1, -1) - placement.centre_x
+    return torch.broadcast_tensors(dx, pixels.view(1, -1, 1) - placement.centre_y)
 
 
-def _tilted(dx: Tensor, dy: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    angle = _uniform(len(dx), -_MAX_TILT_RADIANS, _MAX_TILT_RADIANS, generator)
+def _tilted(dx: Tensor, dy: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     cosine, sine = angle.cos(), angle.sin()
     return cosine * dx + sine * dy, cosine * dy - sine * dx
 
@@ -114,12 +136,10 @@ def _texture(pattern: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return 1 - _PATTERN_DARKNESS * dark
 
 
-def _backdrop(
-    background: Tensor, dx: Tensor, dy: Tensor, radius: Tensor, generator: torch.Generator
-) -> Tensor:
+def _backdrop(background: Tensor, dx: Tensor, dy: Tensor, placement: Placement) -> Tensor:
     """A background with a slight vertical gradient and a soft shadow under the shape."""
-    slope = _uniform(len(background), -0.06, 0.06, generator)
-    gradient = slope * torch.linspace(-1, 1, IMAGE_SIZE).view(1, -1, 1)
+    radius = placement.radius
+    gradient = placement.slope * torch.linspace(-1, 1, dx.shape[-1]).view(1, -1, 1)
     shadow_distance = torch.hypot(dx - 0.25 * radius, dy - 0.3 * radius) - radius
     shadow = 1 - 0.22 * torch.sigmoid(-shadow_distance / 2)
     colour = _rgb(BACKGROUND_RGB)[background].view(-1, 3, 1, 1)

@@ -27,15 +27,17 @@ _END_OF_WORD = "</w>"
 _WORD_BOUNDARY = "\u2581"
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE that merges every caption word into one token."""
-    merges = _bpe_merges(vocabulary())
+def clip_tokenizer(
+    words: Sequence[str] | None = None, max_tokens: int = MAX_TOKENS
+) -> CLIPTokenizer:
+    """Byte-level BPE that merges every word, by default of the pictures' captions, into a token."""
+    merges = _bpe_merges(vocabulary() if words is None else words)
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*symbols, *(symbol + _END_OF_WORD for symbol in symbols)]
     tokens += [left + right for left, right in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     ids = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=max_tokens)
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -60,7 +62,7 @@ def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             intermediate_size=2 * WIDTH,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -103,9 +105,10 @@ def _bpe_merges(words: Sequence[str]) -> list[tuple[str, str]]:
         vocab_size=10_000, min_frequency=1, end_of_word_suffix=_END_OF_WORD, show_progress=False
     )
     tokenizer.train_from_iterator(words, trainer)
-    return _merges_of(tokenizer)
+    return merges_of(tokenizer)
 
 
-def _merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """The merges that a byte-pair tokenizer has learned, in order."""
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [tuple(merge) for merge in merges]

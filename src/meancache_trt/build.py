@@ -338,7 +338,7 @@ def _suffix(bundle: Bundle, size: PictureSize | None) -> str:
 def default_prompts(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Calibration prompts: a stand-in's own, otherwise a packaged list of everyday subjects."""
     if checkpoint.path.parent == Path(standins.__file__).parent:
-        return tuple(standins.prompts("calibration"))
+        return tuple(standins.prompts("calibration", checkpoint.path.name))
     text = resources.files("meancache_trt").joinpath("prompts.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line)
 

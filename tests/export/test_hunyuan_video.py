@@ -14,7 +14,7 @@ from PIL import Image
 from meancache_trt.bundle import Bundle, create_bundle
 from meancache_trt.errors import ExportError, InputError
 from meancache_trt.export import PromptEncoder, detect, export_components, hunyuan_video_torch
-from meancache_trt.export.family import Configs, Size, check_size, resolution
+from meancache_trt.export.family import Configs, Size, check_size, default_frames, resolution
 from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
 from meancache_trt.manifest import Exported
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
@@ -141,6 +141,22 @@ def test_impossible_number_of_frames_is_told_with_the_nearest_valid_ones(
 @pytest.mark.parametrize("frames", [1, 5, 129, 2045])
 def test_one_more_than_a_multiple_of_four_frames_is_accepted(frames: int) -> None:
     check_size(HUNYUAN_VIDEO, PUBLISHED, Size(64, 64, 12, frames))
+
+
+def test_default_size_is_the_pipelines_unless_the_checkpoint_says_otherwise() -> None:
+    assert HUNYUAN_VIDEO.default_side(PUBLISHED) == 720
+    assert default_frames(HUNYUAN_VIDEO, PUBLISHED) == 129
+    small = changed("vae", _sample_size=48, _sample_frames=9)
+    assert HUNYUAN_VIDEO.default_side(small) == 48
+    assert default_frames(HUNYUAN_VIDEO, small) == 9
+
+
+@pytest.mark.parametrize(("positions", "expected"), [(8192, 256), (351, 256), (127, 32)])
+def test_default_text_length_is_the_encoders_after_the_template_within_the_pipelines(
+    positions: int, expected: int
+) -> None:
+    configs = {**PUBLISHED, "text_encoder": {"max_position_embeddings": positions}}
+    assert HUNYUAN_VIDEO.default_text_tokens(configs) == expected
 
 
 def test_guidance_scale_is_taken_where_the_configuration_embeds_one() -> None:

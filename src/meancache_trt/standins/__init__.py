@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from meancache_trt.errors import InputError
-from meancache_trt.standins.captions import Split, split_prompts
+from meancache_trt.standins import captions, video_captions
+from meancache_trt.standins.captions import Split
 
-__all__ = ["DEMO_PROMPTS", "Split", "names", "path", "prompts"]
+__all__ = ["DEMO_PROMPTS", "DEMO_VIDEO_PROMPTS", "Split", "names", "path", "prompts"]
 
 DEMO_PROMPTS = (
     "large striped yellow star center navy",
@@ -19,6 +20,19 @@ DEMO_PROMPTS = (
     "one huge plain cyan cross, centered, in front of a black background",
     "a tiny blue circle on the right, with a pink background",
 )
+
+DEMO_VIDEO_PROMPTS = (
+    "large plain yellow cross center navy falling",
+    "a small red circle on the left, on a mint background, rising",
+    "a large purple ring in the middle, against a gray background, standing still",
+    "large plain white triangle right black rising",
+    "a big orange square, moving down, on the left side, on a brown background",
+    "small plain green cross right pink still",
+    "one huge cyan circle, centered, in front of a black background, going up",
+    "a tiny blue triangle on the right, falling, with a pink background",
+)
+
+_WORLDS = {"flux": captions, "hunyuan_video": video_captions}
 
 
 def path(name: str = "flux") -> Path:
@@ -34,6 +48,11 @@ def names() -> list[str]:
     return sorted(index.parent.name for index in Path(__file__).parent.glob("*/model_index.json"))
 
 
-def prompts(split: Split) -> list[str]:
-    """The prompts of a split, the same in every process; splits share no scene."""
-    return list(split_prompts(split))
+def prompts(split: Split, name: str = "flux") -> list[str]:
+    """The prompts of a split of a stand-in's, the same in every process; splits share no scene.
+
+    Raises `InputError` for no such stand-in.
+    """
+    if name not in _WORLDS:
+        raise InputError(f"expected the name of a stand-in, one of {list(_WORLDS)}; found {name!r}")
+    return list(_WORLDS[name].split_prompts(split))

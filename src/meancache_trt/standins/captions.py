@@ -7,7 +7,7 @@ attributes, so a caption may put its words in any order.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 from itertools import product
@@ -109,11 +109,20 @@ def bare_caption(scene: Scene) -> str:
 
 def natural_caption(scene: Scene, rng: random.Random) -> str:
     """A random wording of the scene as a person might type it."""
-    parts = [_subject(scene, rng), _place(scene, rng), _backdrop(scene, rng)]
+    return sentence(natural_parts(scene, rng), OPENINGS, rng)
+
+
+def natural_parts(scene: Scene, rng: random.Random) -> list[str]:
+    """Subject, place and backdrop in random wordings."""
+    return [_subject(scene, rng), _place(scene, rng), _backdrop(scene, rng)]
+
+
+def sentence(parts: list[str], openings: Sequence[str], rng: random.Random) -> str:
+    """The parts, at times in another order, after an opening and with punctuation."""
     if rng.random() < 0.3:
         rng.shuffle(parts)
     text = rng.choice((" ", ", ", ", ")).join(parts)
-    text = f"{rng.choice(OPENINGS)} {text}".strip()
+    text = f"{rng.choice(openings)} {text}".strip()
     if rng.random() < 0.3:
         text = text[0].upper() + text[1:]
     return text + rng.choice(("", "", "", "."))
@@ -137,10 +146,15 @@ def random_caption(scene: Scene, rng: random.Random) -> str:
 @cache
 def split_scenes(split: Split) -> tuple[Scene, ...]:
     """The scenes of one split; splits are disjoint, and ``heldout`` is never trained on."""
+    return tuple(_shuffled_scenes()[split_range(split)])
+
+
+def split_range(split: Split) -> slice:
+    """Which of a world's shuffled scenes a split has."""
     if split not in _SPLITS:
         raise ValueError(f"expected a split in {_SPLITS}, found {split!r}")
     start = _SPLITS.index(split) * PROMPTS_PER_SPLIT
-    return tuple(_shuffled_scenes()[start : start + PROMPTS_PER_SPLIT])
+    return slice(start, start + PROMPTS_PER_SPLIT)
 
 
 def training_scenes() -> list[Scene]:
