@@ -24,6 +24,7 @@ PIPELINE_MAX_TEXT_TOKENS = 1024
 """QwenImagePipeline.check_inputs refuses a longer max_sequence_length."""
 
 _PIPELINE_TEXT_TOKENS = 512  # QwenImagePipeline.__call__, beyond the template that it cuts off
+_TEMPLATE_TOKENS = 34  # QwenImagePipeline.__init__: prompt_template_encode_start_idx
 _PIPELINE_SCALE = 4.0  # QwenImagePipeline.__call__, and the model card
 _TRAINED_SIDE = 1328  # the square among the sizes of the model card
 
@@ -65,6 +66,12 @@ def _symbols(configs: Configs, size: Size) -> dict[str, int]:
 
 def _guidance(_: Configs) -> Guidance:
     return Guidance(rule="classifier_free_rescaled", default_scale=_PIPELINE_SCALE)
+
+
+def _default_text_tokens(configs: Configs) -> int:
+    # The tokenizer's limit, 131072 in Qwen-Image, counts the part of the template that is cut off.
+    limit = configs["tokenizer"].get("model_max_length", PIPELINE_MAX_TEXT_TOKENS)
+    return int(min(limit - _TEMPLATE_TOKENS, _PIPELINE_TEXT_TOKENS))
 
 
 def _latent_channels(configs: Configs) -> int:
@@ -159,7 +166,7 @@ QWEN_IMAGE = Family(
     guidance_argument="true_cfg_scale",
     text_tokens_argument="max_sequence_length",
     guidance=_guidance,
-    default_text_tokens=lambda _: _PIPELINE_TEXT_TOKENS,
+    default_text_tokens=_default_text_tokens,
     longest_text_tokens=PIPELINE_MAX_TEXT_TOKENS,
     float16_overflow="github.com/Comfy-Org/ComfyUI/issues/10751",
     multiple=_multiple,

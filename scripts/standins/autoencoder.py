@@ -11,11 +11,16 @@ import torch
 import workers
 from diffusers import AutoencoderKL
 from progress import Budget, RunningMean
+from qwen_autoencoder import OneFrame
 from torch import Tensor
 
 from meancache_trt.standins.captions import Scene, all_scenes
 
 SCALE_FACTOR = 4
+
+Autoencoder = AutoencoderKL | OneFrame
+Factor = float | Tensor
+"""One of all channels, or one of each `(1, C, 1, 1)`."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,11 @@ def pictures(
         yield rows, shapes.draw(attributes[rows], generator)
 
 
-def train(autoencoder: AutoencoderKL, options: AutoencoderOptions) -> dict[str, float]:
+def train(autoencoder: Autoencoder, options: AutoencoderOptions) -> dict[str, float]:
     """Trains the autoencoder in place and sets its scaling and shift; returns measurements."""
-    autoencoder.to(memory_format=torch.channels_last).requires_grad_(True)
+    autoencoder.requires_grad_(True)
+    if isinstance(autoencoder, AutoencoderKL):
+        autoencoder.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(autoencoder.parameters(), options.learning_rate, (0.9, 0.99))
     generator = torch.Generator().manual_seed(options.seed + workers.rank())
     batches = pictures(all_scenes(), options.batch_size, generator)
@@ -71,11 +78,14 @@ def train(autoencoder: AutoencoderKL, options: AutoencoderOptions) -> dict[str, 
         loss_mean.add(_step(autoencoder, next(batches)[1], optimizer, options))
         budget.tick(f"autoencoder loss {loss_mean.value:.4f}")
     autoencoder.eval().requires_grad_(False)
-    _normalise(autoencoder, next(pictures(all_scenes(), 512, torch.Generator().manual_seed(2)))[1])
-    return _measurements(autoencoder, budget, loss_mean)
+    with torch.compiler.set_stance("force_eager"):
+        normalise(
+            autoencoder, next(pictures(all_scenes(), 512, torch.Generator().manual_seed(2)))[1]
+        )
+        return _measurements(autoencoder, budget, loss_mean)
 
 
-def refine_decoder(autoencoder: AutoencoderKL, options: AutoencoderOptions) -> dict[str, float]:
+def refine_decoder(autoencoder: Autoencoder, options: AutoencoderOptions) -> dict[str, float]:
     """Trains the decoder alone on slightly noisy latents, in place; returns measurements.
 
     The encoder stays as it is, so latents and the transformers trained on them stay valid.
@@ -97,11 +107,12 @@ def refine_decoder(autoencoder: AutoencoderKL, options: AutoencoderOptions) -> d
         loss_mean.add(_update(autoencoder, _picture_loss(decoded, pixels, options), optimizer))
         budget.tick(f"decoder loss {loss_mean.value:.4f}")
     autoencoder.requires_grad_(False)
-    return _measurements(autoencoder, budget, loss_mean)
+    with torch.compiler.set_stance("force_eager"):
+        return _measurements(autoencoder, budget, loss_mean)
 
 
 @torch.no_grad()
-def psnr_db(autoencoder: AutoencoderKL) -> float:
+def psnr_db(autoencoder: Autoencoder) -> float:
     """Peak signal-to-noise ratio of 256 reconstructions, averaged over pictures."""
     _, pixels = next(pictures(all_scenes(), 256, torch.Generator().manual_seed(3)))
     decoded = _decode(autoencoder, encode(autoencoder, pixels))
@@ -110,17 +121,17 @@ def psnr_db(autoencoder: AutoencoderKL) -> float:
 
 
 @torch.no_grad()
-def encode(autoencoder: AutoencoderKL, pixels: Tensor) -> Tensor:
+def encode(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
     """Latents `(B, C, 16, 16)` as the transformer sees them: shifted and scaled means."""
     scaling, shift = _scale(autoencoder)
     return (autoencoder.encode(pixels).latent_dist.mode() - shift) * scaling
 
 
-def _scale(autoencoder: AutoencoderKL) -> tuple[float, float]:
+def _scale(autoencoder: Autoencoder) -> tuple[Factor, Factor]:
     return autoencoder.config.scaling_factor, autoencoder.config.shift_factor
 
 
-def _normalise(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
+def normalise(autoencoder: Autoencoder, pixels: Tensor) -> None:
     """Sets scaling and shift so that latents have zero mean and unit variance."""
     autoencoder.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     latents = encode(autoencoder, pixels)
@@ -131,7 +142,7 @@ def _normalise(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
 
 
 def _step(
-    autoencoder: AutoencoderKL,
+    autoencoder: Autoencoder,
     pixels: Tensor,
     optimizer: torch.optim.Optimizer,
     options: AutoencoderOptions,
@@ -144,7 +155,7 @@ def _step(
     return _update(autoencoder, loss, optimizer)
 
 
-def _update(autoencoder: AutoencoderKL, loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
+def _update(autoencoder: Autoencoder, loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     workers.average_gradients(list(autoencoder.parameters()))
@@ -163,14 +174,14 @@ def _picture_loss(decoded: Tensor, pixels: Tensor, options: AutoencoderOptions) 
     return error.square().mean() + options.edge_weight * edges
 
 
-def _decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
+def _decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     scaling, shift = _scale(autoencoder)
     sample: Tensor = autoencoder.decode(latents / scaling + shift).sample
     return sample
 
 
 def _measurements(
-    autoencoder: AutoencoderKL, budget: Budget, loss_mean: RunningMean
+    autoencoder: Autoencoder, budget: Budget, loss_mean: RunningMean
 ) -> dict[str, float]:
     return {
         "steps": budget.steps,

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import text_models
 import torch
 import workers
-from autoencoder import encode, pictures
-from diffusers import AutoencoderKL
+from autoencoder import Autoencoder, encode, pictures
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from meancache_trt.standins.captions import random_caption, training_scenes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed latents `(B, N, D)` and the caption's ids `(B, 32)` for each tokenizer."""
+    """Packed latents `(B, N, D)` and the caption's ids `(B, L)` for each tokenizer."""
 
     latents: Tensor
     token_ids: tuple[Tensor, ...]
@@ -45,8 +42,8 @@ class Pool:
 
 
 def build_pool(
-    autoencoder: AutoencoderKL,
-    tokenizers: Iterable[PreTrainedTokenizerBase],
+    autoencoder: Autoencoder,
+    tokenize: Sequence[Callable[[Sequence[str]], Tensor]],
     pack: Callable[[Tensor], Tensor],
     size: int,
     seed: int,
@@ -59,11 +56,10 @@ def build_pool(
         rows, pixels = next(source)
         latents.append(pack(encode(autoencoder, pixels)))
         captions += [random_caption(scenes[row], rng) for row in rows.tolist()]
-    tokenizers = tuple(tokenizers)
     return Pool(
         torch.cat(latents),
-        tuple(text_models.token_ids(tokenizer, captions) for tokenizer in tokenizers),
-        tuple(text_models.token_ids(tokenizer, [""]) for tokenizer in tokenizers),
+        tuple(token_ids(captions) for token_ids in tokenize),
+        tuple(token_ids([""]) for token_ids in tokenize),
     )
 
 

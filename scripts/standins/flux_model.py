@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import shapes
 import text_models
@@ -12,12 +13,16 @@ import torch
 from autoencoder import SCALE_FACTOR
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    ModelMixin,
 )
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+Vae = TypeVar("Vae", bound=ModelMixin)
 
 SHIFT = 3.0
 PACKED_SIDE = shapes.IMAGE_SIZE // (2 * SCALE_FACTOR)
@@ -99,16 +104,21 @@ class FluxNetwork(nn.Module):
 def save_pipeline(
     network: FluxNetwork, autoencoder: AutoencoderKL, tokenizers: Tokenizers, folder: Path
 ) -> None:
-    """Writes a complete half-precision FluxPipeline folder; a reader never sees half a file."""
+    """Writes a complete half-precision FluxPipeline folder."""
     pipeline = FluxPipeline(
         scheduler=scheduler(),
-        vae=_without_origin(autoencoder),
+        vae=without_origin(autoencoder),
         text_encoder=network.clip,
         tokenizer=tokenizers.clip,
         text_encoder_2=network.t5,
         tokenizer_2=tokenizers.t5,
         transformer=network.transformer,
     )
+    write_folder(pipeline, folder)
+
+
+def write_folder(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Writes the pipeline in half precision; a reader never sees half a file."""
     partial = folder.with_name(f"{folder.name}.partial")
     pipeline.to(torch.float16).save_pretrained(partial, safe_serialization=True)
     for file in [path for path in partial.rglob("*") if path.is_file()]:
@@ -119,9 +129,9 @@ def save_pipeline(
     shutil.rmtree(partial)
 
 
-def _without_origin(autoencoder: AutoencoderKL) -> AutoencoderKL:
+def without_origin(autoencoder: Vae) -> Vae:
     """A copy whose configuration does not name the folder that it was loaded from."""
     config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
-    copy: AutoencoderKL = AutoencoderKL.from_config(config)
+    copy: Vae = type(autoencoder).from_config(config)
     copy.load_state_dict(autoencoder.state_dict())
     return copy

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import shapes
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
 from torch import Tensor
 
 from meancache_trt import standins
@@ -45,9 +46,20 @@ def _nearest(picture: Tensor, row: Tensor, column: int, generator: torch.Generat
     return int(error.argmin()) // DRAWINGS_PER_VALUE
 
 
+def load(folder: Path | None) -> DiffusionPipeline:
+    """The pipeline in a folder, by default the packaged FLUX stand-in, in float32."""
+    pipeline = DiffusionPipeline.from_pretrained(folder or standins.path("flux"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(torch.float32)
+
+
 @torch.inference_mode()
 def sample(
-    pipeline: FluxPipeline, captions: list[str], steps: int, guidance_scale: float, seed: int = 0
+    pipeline: DiffusionPipeline,
+    captions: list[str],
+    steps: int,
+    guidance_scale: float,
+    seed: int = 0,
 ) -> Tensor:
     """Pictures `(B, 3, 64, 64)` in [-1, 1], one generator per caption."""
     batches = []
@@ -59,13 +71,19 @@ def sample(
             height=shapes.IMAGE_SIZE,
             width=shapes.IMAGE_SIZE,
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
             max_sequence_length=32,
             generator=generators,
             output_type="pt",
+            **_guidance(pipeline, guidance_scale, len(chunk)),
         )
         batches.append(output.images * 2 - 1)
     return torch.cat(batches)
+
+
+def _guidance(pipeline: DiffusionPipeline, scale: float, count: int) -> dict[str, Any]:
+    if isinstance(pipeline, QwenImagePipeline):
+        return {"true_cfg_scale": scale, "negative_prompt": [""] * count}
+    return {"guidance_scale": scale}
 
 
 def table(drawings: dict[str, float], pictures: dict[str, float], heading: str) -> str:
@@ -80,14 +98,16 @@ def main() -> None:
     """Writes the accuracy on held-out scenes, and that of true drawings, as a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="pipeline; default: the packaged FLUX one"
+    )
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=3.5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pipeline = FluxPipeline.from_pretrained(standins.path("flux")).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load(arguments.folder)
     scenes = list(split_scenes("heldout")[: arguments.count])
     captions = standins.prompts("heldout")[: arguments.count]
     pictures = sample(pipeline, captions, arguments.steps, arguments.guidance_scale)

@@ -1,36 +1,52 @@
-"""Writes the model card of the FLUX.1-dev stand-in from the phases' measurements."""
+"""Writes a stand-in's model card from the phases' measurements."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
+from torch import nn
 
-_TEMPLATE = Path(__file__).with_name("flux_card.md")
+
+@dataclass(frozen=True)
+class Card:
+    """What a stand-in's card is made of: `template` holds the text, in this folder."""
+
+    template: str
+    phases: tuple[str, ...]
 
 
-def write(work: Path, pipeline_folder: Path) -> None:
+FLUX = Card("flux_card.md", ("autoencoder", "decoder", "flow", "distilled"))
+QWEN_IMAGE = Card("qwen_image_card.md", ("autoencoder", "decoder", "flow"))
+
+
+def write(work: Path, pipeline_folder: Path, card: Card = FLUX) -> None:
     """Writes `README.md` into the pipeline folder."""
-    phases = {name: _read(work, name) for name in ("autoencoder", "decoder", "flow", "distilled")}
-    pipeline = FluxPipeline.from_pretrained(pipeline_folder)
-    names = ("transformer", "vae", "text_encoder", "text_encoder_2")
-    counts = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in names}
-    text = _TEMPLATE.read_text().format(
-        total=sum(counts.values()) / 1e6,
-        megabytes=_size_bytes(pipeline_folder) / 1e6,
-        clip_words=len(pipeline.tokenizer),
-        t5_words=len(pipeline.tokenizer_2),
-        minutes=sum(phase["measurements"]["seconds"] for phase in phases.values()) / 60,
-        rows="\n".join(_row(name, phase) for name, phase in phases.items()),
-        psnr=phases["decoder"]["measurements"]["psnr_db"],
-        dropout=phases["flow"]["options"]["caption_dropout"],
-        flow_curve=_curve(phases["flow"]),
-        distil_curve=_curve(phases["distilled"]),
-        evaluation=_text(work / "evaluation.md"),
-        notes=_text(work / "notes.md"),
-        **counts,
+    phases = {name: _read(work, name) for name in card.phases}
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder)
+    counts = _parameter_counts(pipeline)
+    text = (
+        Path(__file__)
+        .with_name(card.template)
+        .read_text()
+        .format(
+            total=sum(counts.values()) / 1e6,
+            megabytes=_size_bytes(pipeline_folder) / 1e6,
+            words={
+                name: len(part) for name, part in pipeline.components.items() if "tokenizer" in name
+            },
+            minutes=sum(phase["measurements"]["seconds"] for phase in phases.values()) / 60,
+            rows="\n".join(_row(name, phase) for name, phase in phases.items()),
+            psnr=phases["decoder"]["measurements"]["psnr_db"],
+            dropout=phases["flow"]["options"]["caption_dropout"],
+            curves={name: _curve(phase) for name, phase in phases.items()},
+            evaluation=_text(work / "evaluation.md"),
+            notes=_text(work / "notes.md"),
+            **counts,
+        )
     )
     (pipeline_folder / "README.md").write_text(text)
 
@@ -38,6 +54,14 @@ def write(work: Path, pipeline_folder: Path) -> None:
 def _read(work: Path, phase: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((work / f"{phase}.json").read_text())
     return content
+
+
+def _parameter_counts(pipeline: DiffusionPipeline) -> dict[str, int]:
+    return {
+        name: sum(parameter.numel() for parameter in part.parameters())
+        for name, part in pipeline.components.items()
+        if isinstance(part, nn.Module)
+    }
 
 
 def _size_bytes(folder: Path) -> int:
@@ -51,7 +75,8 @@ def _row(name: str, phase: dict[str, Any]) -> str:
 
 
 def _curve(phase: dict[str, Any]) -> str:
-    return ", ".join(f"{loss:.4f} at {step}" for step, loss in phase["measurements"]["curve"])
+    curve = phase["measurements"].get("curve", [])
+    return ", ".join(f"{loss:.4f} at {step}" for step, loss in curve)
 
 
 def _text(file: Path) -> str:

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,11 @@ class Workspace:
         if workers.rank() != 0:
             return
         save_model(network, self.folder / f"{phase}.safetensors")
-        pipeline = copy.deepcopy(network)
-        flux_model.save_pipeline(pipeline, self.autoencoder(), self.tokenizers, self.output)
+        self.write_pipeline(copy.deepcopy(network))
+
+    def write_pipeline(self, network: flux_model.FluxNetwork) -> None:
+        """Writes the pipeline made of a network, which is in half precision afterwards."""
+        flux_model.save_pipeline(network, self.autoencoder(), self.tokenizers, self.output)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def train_flow(space: Workspace, pool: flow.Pool, options: FlowOptions) -> None:
             predicted = network.velocity(latents, sigmas, torch.ones_like(sigmas), text)
         return (predicted.float() - velocity).square().mean()
 
-    _run(space, pool, options, Run("flow", network, ema, optimizer, loss_of))
+    run_phase(space, pool, options, Run("flow", network, ema, optimizer, loss_of))
 
 
 def distil_guidance(space: Workspace, pool: flow.Pool, options: FlowOptions) -> None:
@@ -173,7 +177,7 @@ def distil_guidance(space: Workspace, pool: flow.Pool, options: FlowOptions) -> 
             predicted = student.velocity(latents, sigmas, guidance, text)
         return (predicted.float() - target).square().mean()
 
-    _run(space, pool, options, Run("distilled", student, ema, optimizer, loss_of))
+    run_phase(space, pool, options, Run("distilled", student, ema, optimizer, loss_of))
 
 
 def _guided(
@@ -187,7 +191,8 @@ def _guided(
     return torch.lerp(unconditional, conditional, noised.guidance.view(-1, 1, 1))
 
 
-def _run(space: Workspace, pool: flow.Pool, options: FlowOptions, run: Run) -> None:
+def run_phase(space: Workspace, pool: flow.Pool, options: FlowOptions, run: Run) -> None:
+    """Trains until the time is over; snapshots on the way can be continued from."""
     generator = torch.Generator().manual_seed(options.seed + workers.rank())
     batches = pool.batches(options.batch_size, options.caption_dropout, generator)
     run.optimizer.step(run.loss_of(next(batches), generator), rate=0.0)  # compiles, changes nothing
@@ -264,9 +269,12 @@ def main() -> None:
 
 
 def _train_transformer(space: Workspace, arguments: argparse.Namespace) -> None:
-    tokenizers = (space.tokenizers.clip, space.tokenizers.t5)
+    tokenize = [
+        partial(text_models.token_ids, tokenizer)
+        for tokenizer in (space.tokenizers.clip, space.tokenizers.t5)
+    ]
     size, seed = arguments.pool // workers.count(), 5 + workers.rank()
-    pool = flow.build_pool(space.autoencoder(), tokenizers, flux_model.pack, size, seed)
+    pool = flow.build_pool(space.autoencoder(), tokenize, flux_model.pack, size, seed)
     print("pool ready", flush=True)
     if not space.has("flow"):
         train_flow(space, pool, FlowOptions(arguments.flow_seconds))
@@ -277,7 +285,7 @@ def _train_transformer(space: Workspace, arguments: argparse.Namespace) -> None:
 def _export(space: Workspace) -> None:
     network = _network(space)
     space.load("distilled", network)
-    flux_model.save_pipeline(network, space.autoencoder(), space.tokenizers, space.output)
+    space.write_pipeline(network)
 
 
 if __name__ == "__main__":

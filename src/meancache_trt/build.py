@@ -123,7 +123,10 @@ def find_model(model: str) -> Checkpoint:
 
 def picture_size(checkpoint: Checkpoint, height: int | None, width: int | None) -> tuple[int, int]:
     """Height and width in pixels, each by default what the model was trained at."""
-    side = detect(checkpoint.path).default_side(checkpoint.configs(("vae",)))
+    if _is_standin(checkpoint):
+        side = standins.SIDE_PX  # not every VAE's configuration says it
+    else:
+        side = detect(checkpoint.path).default_side(checkpoint.configs(("vae",)))
     return height or side, width or side
 
 
@@ -368,10 +371,14 @@ def _suffix(bundle: Bundle, size: PictureSize | None) -> str:
 
 def default_prompts(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Calibration prompts: a stand-in's own, otherwise a packaged list of everyday subjects."""
-    if checkpoint.path.parent == Path(standins.__file__).parent:
+    if _is_standin(checkpoint):
         return tuple(standins.prompts("calibration"))
     text = resources.files("meancache_trt").joinpath("prompts.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line)
+
+
+def _is_standin(checkpoint: Checkpoint) -> bool:
+    return checkpoint.path.parent == Path(standins.__file__).parent
 
 
 def _tool_versions() -> dict[str, str]:

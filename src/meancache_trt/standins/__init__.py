@@ -7,7 +7,10 @@ from pathlib import Path
 from meancache_trt.errors import InputError
 from meancache_trt.standins.captions import Split, split_prompts
 
-__all__ = ["DEMO_PROMPTS", "Split", "path", "prompts"]
+__all__ = ["DEMO_PROMPTS", "SIDE_PX", "Split", "path", "prompts"]
+
+SIDE_PX = 64
+"""Height and width that the stand-ins were trained at."""
 
 DEMO_PROMPTS = (
     "large striped yellow star center navy",
