@@ -140,7 +140,10 @@ def _train_transformer(space: QwenWorkspace, arguments: argparse.Namespace) -> N
     size, seed = arguments.pool // workers.count(), 5 + workers.rank()
     pool = flow.build_pool(space.autoencoder(), tokenize, flux_model.pack, size, seed)
     print("pool ready", flush=True)
-    train_flow(space, pool, FlowOptions(arguments.flow_seconds, batch_size=arguments.batch_size))
+    options = FlowOptions(
+        arguments.flow_seconds, batch_size=arguments.batch_size, snapshot_seconds=120
+    )
+    train_flow(space, pool, options)
 
 
 if __name__ == "__main__":
