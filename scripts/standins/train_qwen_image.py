@@ -28,6 +28,9 @@ from transformers import Qwen2Tokenizer
 
 from meancache_trt.standins.captions import all_scenes
 
+KL_WEIGHT = 5e-5
+"""At the other stand-ins' 5e-4 a latent channel collapsed, and colours with it."""
+
 
 @dataclass(frozen=True)
 class QwenWorkspace(Workspace):
@@ -105,11 +108,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of the phases' results")
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
-    parser.add_argument("--autoencoder-seconds", type=float, default=580)
+    parser.add_argument("--autoencoder-seconds", type=float, default=600)
     parser.add_argument("--decoder-seconds", type=float, default=150)
-    parser.add_argument("--flow-seconds", type=float, default=2700)
+    parser.add_argument("--flow-seconds", type=float, default=1800)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--pool", type=int, default=16_384, help="pictures kept in memory")
+    parser.add_argument("--pool", type=int, default=8192, help="pictures kept in memory")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -121,7 +124,7 @@ def main() -> None:
     workers.join()
     arguments.work.mkdir(parents=True, exist_ok=True)
     space = QwenWorkspace(arguments.work, arguments.output, qwen_text.tokenizer())
-    options = autoencoder_phase.AutoencoderOptions()
+    options = autoencoder_phase.AutoencoderOptions(kl_weight=KL_WEIGHT)
     if not space.has("autoencoder"):
         train_autoencoder(space, replace(options, seconds=arguments.autoencoder_seconds))
     if not space.has("flow"):
