@@ -24,8 +24,10 @@ PIPELINE_MAX_TEXT_TOKENS = 1024
 """QwenImagePipeline.check_inputs refuses a longer max_sequence_length."""
 
 _PIPELINE_TEXT_TOKENS = 512  # QwenImagePipeline.__call__, beyond the template that it cuts off
+_TEMPLATE_TOKENS = 34  # QwenImagePipeline.__init__: prompt_template_encode_start_idx
 _PIPELINE_SCALE = 4.0  # QwenImagePipeline.__call__, and the model card
 _TRAINED_SIDE = 1328  # the square among the sizes of the model card
+_SIDE_SETTING = "_sample_size"  # of vae/config.json, where another checkpoint says so
 
 _TILE = (256, 192)  # AutoencoderKLQwenImage.__init__: a tile's pixels, and where the next begins
 
@@ -65,6 +67,16 @@ def _symbols(configs: Configs, size: Size) -> dict[str, int]:
 
 def _guidance(_: Configs) -> Guidance:
     return Guidance(rule="classifier_free_rescaled", default_scale=_PIPELINE_SCALE)
+
+
+def _default_side(configs: Configs) -> int:
+    return int(configs["vae"].get(_SIDE_SETTING, _TRAINED_SIDE))
+
+
+def _default_text_tokens(configs: Configs) -> int:
+    # The tokenizer's limit, 131072 in Qwen-Image, counts the part of the template that is cut off.
+    limit = configs["tokenizer"].get("model_max_length", PIPELINE_MAX_TEXT_TOKENS)
+    return int(min(limit - _TEMPLATE_TOKENS, _PIPELINE_TEXT_TOKENS))
 
 
 def _latent_channels(configs: Configs) -> int:
@@ -159,12 +171,12 @@ QWEN_IMAGE = Family(
     guidance_argument="true_cfg_scale",
     text_tokens_argument="max_sequence_length",
     guidance=_guidance,
-    default_text_tokens=lambda _: _PIPELINE_TEXT_TOKENS,
+    default_text_tokens=_default_text_tokens,
     longest_text_tokens=PIPELINE_MAX_TEXT_TOKENS,
     float16_overflow="github.com/Comfy-Org/ComfyUI/issues/10751",
     multiple=_multiple,
     longest_side=_longest_side,
-    default_side=lambda _: _TRAINED_SIDE,
+    default_side=_default_side,
     symbols=_symbols,
     signatures=_signatures,
     wrapper=_wrapper,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -171,6 +171,11 @@ _OF_ONE_FRAME = (
 )
 
 
+def one_frame() -> AbstractContextManager[None]:
+    """Within, an `AutoencoderKLQwenImage`'s encoder and decoder take one frame, at a third."""
+    return replaced(*_OF_ONE_FRAME)
+
+
 class _Decoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -185,7 +190,7 @@ class _Decoder(nn.Module):
         unscaled = unpack(latent)[:, :, None] / (1.0 / self.get_buffer("std"))
         unscaled = (unscaled + self.get_buffer("mean")).to(vae.dtype)
         # AutoencoderKLQwenImage.decode clips a whole picture, but not the tiles that it blends.
-        with replaced(*_OF_ONE_FRAME):
+        with one_frame():
             image: Tensor = vae.decoder(vae.post_quant_conv(unscaled))[:, :, 0]
         return image.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
 

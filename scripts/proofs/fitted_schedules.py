@@ -135,7 +135,8 @@ class _Gallery:
     ) -> None:
         settings = trajectories.settings
         self._pipeline, self._scale = pipeline, settings.guidance_scale
-        self._prompts = pipeline.encode(standins.prompts(split)[:count])
+        name = Path(pipeline.bundle.export.model.name).name
+        self._prompts = pipeline.encode(standins.prompts(split, name)[:count])
         shape = pipeline.resolution().noise_shape
         self._noise = [philox_normal(1000 + index, shape) for index in range(count)]
         self._full = self._pictures(bake("euler", settings.grid, range(settings.grid.steps)))

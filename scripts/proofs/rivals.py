@@ -74,7 +74,7 @@ def _options() -> argparse.Namespace:
 def _prove(name: str, prompts: int) -> dict[str, Any]:
     started = time.perf_counter()
     checkpoint = stages.find_model(name)
-    texts = standins.prompts("evaluation")[:prompts]
+    texts = standins.prompts("evaluation", checkpoint.path.name)[:prompts]
     subject = load_subject(name, texts, stages.picture_size(checkpoint, None, None))
     subject.run(subject.prompts[0], steps=2)  # allocates, warms up
     with ours.calibration(subject, _note) as (trajectories, field):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import judge
 import torch
-from diffusers import FluxPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -43,16 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument(
-        "--folder", type=Path, default=None, help="pipeline; default: the packaged one"
+        "--folder", type=Path, default=None, help="pipeline; default: the packaged FLUX one"
     )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=3.5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    folder = arguments.folder or standins.path("flux")
-    pipeline = FluxPipeline.from_pretrained(folder).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = judge.load(arguments.folder)
     captions = standins.prompts("heldout")[: COLUMNS * ROWS]
     pictures = judge.sample(pipeline, captions, arguments.steps, arguments.guidance_scale)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

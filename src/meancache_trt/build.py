@@ -33,7 +33,7 @@ from meancache_trt.selection import calibrated_size, grid_size
 from meancache_trt.shapes import ONE, PictureSize, Range
 
 STANDIN = "standin/"
-"""`standin/flux` as a model means the small trained one that comes with the package."""
+"""`standin/flux` as a model means the small trained one of FLUX that comes with the package."""
 
 DEFAULT_BUDGETS = (15, 10)
 """The two budgets that the paper reports for FLUX.1."""

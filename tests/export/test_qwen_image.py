@@ -45,6 +45,15 @@ def test_published_configuration_has_the_models_sizes() -> None:
     assert QWEN_IMAGE.guidance(PUBLISHED).default_scale == 4.0
 
 
+# 131072: Qwen/Qwen-Image, tokenizer/tokenizer_config.json
+@pytest.mark.parametrize(("limit", "expected"), [(131072, 512), (66, 32), (10**30, 512)])
+def test_default_text_length_is_the_tokenizers_after_the_template_within_the_pipelines(
+    limit: int, expected: int
+) -> None:
+    configs = {**PUBLISHED, "tokenizer": {"model_max_length": limit}}
+    assert QWEN_IMAGE.default_text_tokens(configs) == expected
+
+
 def test_text_longer_than_the_pipeline_takes_is_refused() -> None:
     with pytest.raises(InputError, match="text_tokens is 1025; expected at most 1024"):
         check_size(QWEN_IMAGE, PUBLISHED, Size(1328, 1328, 1025))

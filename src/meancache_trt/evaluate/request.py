@@ -284,7 +284,7 @@ def _plan(
 def _unseen_texts(standin: str | None, recorded: Trajectories | None) -> list[str]:
     """A stand-in's evaluation prompts; else the packaged ones, without those calibrated on."""
     if standin is not None:
-        return standins.prompts("evaluation")
+        return standins.prompts("evaluation", standin)
     text = resources.files("meancache_trt").joinpath("prompts.txt").read_text(encoding="utf-8")
     packaged = [line for line in text.splitlines() if line]
     seen = {sample.prompt.text for sample in recorded.samples} if recorded else set()

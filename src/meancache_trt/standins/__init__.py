@@ -32,7 +32,7 @@ DEMO_VIDEO_PROMPTS = (
     "a tiny blue triangle on the right, falling, with a pink background",
 )
 
-_WORLDS = {"flux": captions, "hunyuan_video": video_captions}
+_WORLDS = {"flux": captions, "hunyuan_video": video_captions, "qwen_image": captions}
 
 
 def path(name: str = "flux") -> Path:
