@@ -182,7 +182,12 @@ def test_a_batch_of_two_equals_two_singles_at_each_resolution(both: Pipeline) ->
 
 def record(case: Case, directory: Path, size: PictureSize) -> Any:
     options = RecordOptions(
-        size=(size.height, size.width), frames=size.frames, prompts=("a",), steps=STEPS, samples=1
+        size=(size.height, size.width),
+        frames=size.frames,
+        prompts=("a", "b"),
+        steps=STEPS,
+        samples=2,
+        text_tokens=TEXT_TOKENS,
     )
     return stages.record_pipeline(
         Checkpoint(case.folder), directory, options, note=lambda _: None, report=lambda *_: None
