@@ -1,4 +1,4 @@
-"""Writes the tables of docs/schedules.md from the records in docs/proof/."""
+"""Writes the tables of docs/schedules.md and README.md from the records in docs/proof/."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 SHOWN = (
     *("fitted", "official, best of 12", "official", "taylor1, path", "taylor1", "dpmpp2m"),
     *("unipc", "ab2", "threshold", "euler", "euler, own grid"),
@@ -16,8 +17,6 @@ STANDINS = {"flux": "FLUX.1", "qwen_image": "Qwen-Image", "hunyuan_video": "Huny
 
 def main() -> None:
     """Replace what stands between the markers."""
-    path = DOCS / "schedules.md"
-    text = path.read_text(encoding="utf-8")
     proofs = {name: _proof(f"fitted-schedules-{name}") for name in STANDINS}
     parts = {
         "tables": "\n".join(_table(name, proof) for name, proof in proofs.items()),
@@ -25,6 +24,12 @@ def main() -> None:
         "transfer": _transfer(_proof("transfer")),
         "cost": _cost(_proof("calibration-cost")),
     }
+    _write(DOCS / "schedules.md", parts)
+    _write(ROOT / "README.md", {"schedules": _overview(proofs)})
+
+
+def _write(path: Path, parts: dict[str, str]) -> None:
+    text = path.read_text(encoding="utf-8")
     for name, part in parts.items():
         text = _replaced(text, name, part)
     path.write_text(text, encoding="utf-8")
@@ -40,6 +45,26 @@ def _replaced(text: str, name: str, part: str) -> str:
 def _proof(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((DOCS / "proof" / f"{name}.json").read_text())
     return found
+
+
+def _overview(proofs: dict[str, dict[str, Any]]) -> str:
+    """Mean and 5th percentile of the best known of each kind, at a few budgets."""
+    kinds = {
+        "fitted": "**fitted**",
+        "official, best of 12": "official MeanCache, best of 12 variants",
+        "taylor1": "Taylor forecast of order 1",
+        "dpmpp2m": "DPM-Solver++(2M)",
+        "euler, own grid": "Euler with B steps",
+    }
+    shown = [(name, budget) for name in proofs for budget in ("6", "10", "15")]
+    lines = [
+        _line("PSNR dB, mean / 5 %", *(f"{STANDINS[name]} B = {budget}" for name, budget in shown)),
+        _line("---", *["---:"] * len(shown)),
+    ]
+    for method, title in kinds.items():
+        cells = [proofs[name]["psnr_db"][method][budget] for name, budget in shown]
+        lines.append(_line(title, *(f"{cell['mean']:.1f} / {cell['p5']:.1f}" for cell in cells)))
+    return "\n".join(lines)
 
 
 def _table(name: str, proof: dict[str, Any]) -> str:

@@ -29,16 +29,16 @@ from meancache_trt.calibration.fidelity import Judge, judging
 from meancache_trt.calibration.metrics import paired_difference, psnr, summarize
 from meancache_trt.calibration.sequential_fit import FitOptions
 from meancache_trt.calibration.target import Goal
-from meancache_trt.calibration.trajectories import Trajectories
+from meancache_trt.calibration.trajectories import Prompt, Trajectories
 from meancache_trt.calibration.velocity_field import VelocityField
 from meancache_trt.engine_field import engine_field
-from meancache_trt.meancache.noise import philox_normal
+from meancache_trt.evaluate.renderer import EngineRenderer
 from meancache_trt.meancache.schedule import FITTED, Schedule, bake
 from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
 
 BUDGETS = (5, 6, 8, 10, 12, 15, 20, 25)
-SAMPLES, PROMPTS = 16, 32
+SAMPLES, PROMPTS, BATCH = 16, 32, 16
 OFFICIAL = [
     BakeOptions("official", scaling=scaling, gamma=gamma, max_span=span, is_refitted=is_refitted)
     for scaling, is_refitted in (("displacement", True), ("relative", False))
@@ -64,7 +64,6 @@ def main() -> None:
     """Measure every method at every budget."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("standin", nargs="?", default="flux")
-    parser.add_argument("--prompts", type=int, default=PROMPTS)
     arguments = parser.parse_args()
     checkpoint = stages.find_model(f"standin/{arguments.standin}")
     size = stages.picture_size(checkpoint, None, None)
@@ -85,11 +84,11 @@ def main() -> None:
         ):
             schedules = dict(_methods(trajectories, field))
             results = _measure(
-                _Gallery(pipeline, trajectories, "evaluation", arguments.prompts), schedules
+                _Gallery(pipeline, trajectories, "evaluation", Path(work)), schedules
             )
-            held_out = _Gallery(pipeline, trajectories, "heldout", arguments.prompts)
+            held_out = _Gallery(pipeline, trajectories, "heldout", Path(work))
             goals = [_keep(goal, trajectories, field, held_out) for goal in GOALS]
-    record = _record(results, schedules[FITTED], arguments) | {"goals": goals}
+    record = _record(results, schedules[FITTED], arguments.standin) | {"goals": goals}
     path = (
         Path(__file__).parents[2] / "docs" / "proof" / f"fitted-schedules-{arguments.standin}.json"
     )
@@ -131,28 +130,29 @@ class _Gallery:
     """Pictures of one split's prompts by any schedule, and their PSNR."""
 
     def __init__(
-        self, pipeline: Pipeline, trajectories: Trajectories, split: standins.Split, count: int
+        self, pipeline: Pipeline, trajectories: Trajectories, split: standins.Split, work: Path
     ) -> None:
-        settings = trajectories.settings
-        self._pipeline, self._scale = pipeline, settings.guidance_scale
         name = Path(pipeline.bundle.export.model.name).name
-        self._prompts = pipeline.encode(standins.prompts(split, name)[:count])
-        shape = pipeline.resolution().noise_shape
-        self._noise = [philox_normal(1000 + index, shape) for index in range(count)]
-        self._full = self._pictures(bake("euler", settings.grid, range(settings.grid.steps)))
+        texts = standins.prompts(split, name)[:PROMPTS]
+        self._prompts = [Prompt(text, seed=1000 + index) for index, text in enumerate(texts)]
+        self._renderer = EngineRenderer(
+            pipeline,
+            pipeline.resolution(),
+            work,
+            guidance_scale=trajectories.settings.guidance_scale,
+            batch=BATCH,
+        )
+        grid = trajectories.grid
+        self._full = self._pictures(bake("euler", grid, range(grid.steps)))
 
     def psnr(self, schedule: Schedule) -> np.ndarray:
         """Of each picture, in dB."""
         return psnr(self._pictures(schedule), self._full)
 
     def _pictures(self, schedule: Schedule) -> np.ndarray:
-        rendered = self._pipeline.render(
-            self._prompts,
-            seed=[1000 + index for index in range(len(self._noise))],
-            schedule=schedule,
-            guidance_scale=self._scale,
-        )
-        return np.stack([picture.pixels for picture in rendered])
+        render = self._renderer.open(schedule)
+        batches = [self._prompts[first : first + BATCH] for first in range(0, PROMPTS, BATCH)]
+        return np.concatenate([render(batch).pictures for batch in batches])
 
 
 def _measure(gallery: _Gallery, schedules: dict[str, list[Schedule]]) -> Results:
@@ -190,14 +190,12 @@ def _keep(
     }
 
 
-def _record(
-    results: Results, fitted: list[Schedule], arguments: argparse.Namespace
-) -> dict[str, object]:
+def _record(results: Results, fitted: list[Schedule], standin: str) -> dict[str, object]:
     return {
-        "standin": arguments.standin,
+        "standin": standin,
         "budgets": BUDGETS,
         "samples": SAMPLES,
-        "prompts": arguments.prompts,
+        "prompts": PROMPTS,
         "psnr_db": {
             name: {budget: _summary(values) for budget, values in row.items()}
             for name, row in results.items()
