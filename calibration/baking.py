@@ -106,7 +106,11 @@ class Baker:
         choice = self._choose(budget)
         schedule = self._schedule(choice, self._placement.grid_of(self._trajectories.grid, budget))
         outcome, euler = self._outcomes(choice, schedule)
-        ran = [found for found in (outcome, euler) if found and found is not choice.outcome]
+        ran = [
+            found
+            for found, known in ((outcome, choice.outcome), (euler, outcome))
+            if found is not None and found is not known
+        ]
         evidence = Evidence(
             samples=len(self._trajectories),
             seconds=self._seconds + time.perf_counter() - started,
@@ -230,11 +234,12 @@ def bake_for_goal(
     """Bake for the smallest budget that reaches a goal on held-out samples.
 
     Returns:
-        That schedule, and all that were tried on the way, by budget. Every step reaches any goal.
+        That schedule, and all that were tried on the way, by budget. Fitted, every step reaches
+        any goal.
 
     Raises:
-        CalibrationError: as `bake_schedules`, and without a network, by which alone pictures can be
-            told.
+        CalibrationError: as `bake_schedules`; without a network, by which alone pictures can be
+            told; for a method on a grid of its own; and where the method does not reach the goal.
     """
     if network is None:
         raise CalibrationError(
@@ -246,9 +251,21 @@ def bake_for_goal(
 
         def measure(budget: int) -> tuple[Schedule, NDArray[np.float64] | None]:
             baked = baker.bake(budget)
+            if baked.outcome is None and baked.schedule.grid != trajectories.grid:
+                raise CalibrationError(
+                    f"{goal.describe()} is judged on the recorded grid, found "
+                    f"{baked.schedule.method!r} on a grid of its own; give a budget, or another "
+                    "placement"
+                )
             return baked.schedule, None if baked.outcome is None else baked.outcome.psnr
 
         found, tried = smallest_budget(measure, trajectories.grid.steps, goal)
+    if found.confidence < goal.confidence:
+        raise CalibrationError(
+            f"no budget up to {found.budget} is sure to reach {goal.describe()} with method "
+            f"{found.result.method!r}, found probability {found.confidence:.2f} there; take method "
+            f"{FITTED!r}, whose every step is exact"
+        )
     return _chosen_for(found, goal), tuple(_chosen_for(entry, goal) for entry in tried)
 
 

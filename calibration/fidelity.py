@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.calibration.lockstep import OnEnd, chunks
-from meancache_trt.calibration.metrics import psnr, ssim, summarize
+from meancache_trt.calibration.metrics import psnr, require_ssim, ssim, summarize
 from meancache_trt.calibration.sequential_fit import FitOptions, FittedRows, fit_rows, follow_rows
 from meancache_trt.calibration.states import SampleStates, sample_states
 from meancache_trt.calibration.trajectories import Array, Trajectories
@@ -102,6 +102,7 @@ class Judge:
 @contextlib.contextmanager
 def judging(trajectories: Trajectories, field: VelocityField) -> Iterator[Judge]:
     """A judge with the recording's pictures, which lie in a file that is gone at the end."""
+    require_ssim()
     with contextlib.ExitStack() as stack:
         references: SampleStates | None = None
         for chunk in chunks(len(trajectories), field.batch):

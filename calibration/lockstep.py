@@ -77,14 +77,16 @@ class Lockstep:
     def _begin(self, states: SampleStates, size: int) -> None:
         """Every sample at its recorded noise, with the velocity that was recorded there."""
         state = np.zeros((1, _VELOCITIES + self._history, size), np.float32)
-        for sample, trajectory in enumerate(self._trajectories):
-            self._norms[sample] = np.linalg.norm(trajectory.final.astype(np.float64))
+        for sample in range(len(self._norms)):
+            final = self._trajectories.final(sample)
+            self._norms[sample] = np.linalg.norm(final.astype(np.float64))
             if not self._norms[sample] > 0:
+                text = self._prompt(sample).text
                 raise CalibrationError(
-                    f"the final latent of {trajectory.prompt.text!r} is zero; leave this prompt out"
+                    f"the final latent of {text!r} is zero; leave this prompt out"
                 )
-            state[0, _LATENT] = trajectory.initial
-            state[0, _VELOCITIES] = trajectory.velocities[0]
+            state[0, _LATENT] = self._trajectories.initial(sample)
+            state[0, _VELOCITIES] = self._trajectories.velocities(sample, 0, 1)[0]
             states.write([sample], state)
 
     def _advance(

@@ -16,10 +16,11 @@ _PLAIN = CostRule("euler", max_span=1)
 def edge_stability(trajectories: Trajectories) -> Stability | None:
     """Compare the costs of plain edges over samples, one sample in memory at a time.
 
-    None for a single sample. Edges of a single step cost nothing and are left out.
+    None for a single sample, and where T < 3. Edges of a single step cost nothing and are left
+    out, so that fewer steps leave nothing to compare.
     """
     samples = len(trajectories)
-    if samples < 2:
+    if samples < 2 or trajectories.grid.steps < 3:
         return None
     sigmas = trajectories.grid.array()
     costs = measure_costs(trajectories, sigmas, _PLAIN)

@@ -49,7 +49,7 @@ class Goal:
             )
 
     def describe(self) -> str:
-        """In words, as "35 dB at the 5th percentile"."""
+        """In words, as "35 dB at percentile 5"."""
         where = "on average" if self.percentile is None else f"at percentile {self.percentile:g}"
         return f"{self.psnr:g} dB {where}"
 

@@ -159,10 +159,17 @@ class Trajectories:
             velocities = stored.get_slice("velocities")[start:end]
         return np.asarray(velocities.reshape(end - start, -1))
 
+    def initial(self, index: int) -> Array:
+        """The initial latent (N,) of one sample, and no more."""
+        return self._tensor(index, "initial")
+
     def final(self, index: int) -> Array:
         """The final latent (N,) of one sample, and no more."""
+        return self._tensor(index, "final")
+
+    def _tensor(self, index: int, name: str) -> Array:
         with self._opened(self.samples[index]) as stored:
-            return np.asarray(stored.get_tensor("final").reshape(-1))
+            return np.asarray(stored.get_tensor(name).reshape(-1))
 
     def _read(self, sample: Sample) -> Trajectory:
         with self._opened(sample) as stored:

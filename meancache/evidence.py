@@ -61,8 +61,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     `edge_costs` has one entry for each interval (B), measured as `cost` says; `path_cost` is the
     sum of their powers `gamma`. `seconds` and `network_evaluations` include the recording;
-    `candidates` are tables that were compared on all samples, Euler's among them; equal ones were
-    run once. `fidelity` is that of the schedule on the
+    `candidates` are tables that were compared on all samples, Euler's among them; equal ones
+    were run once. `fidelity` is that of the schedule on the
     calibration samples, of a fitted table each sample with rows that were fitted without it;
     `euler` that of plain Euler on the same nodes. `noise_floor` is the PSNR in dB of all T steps by
     the network that the schedule was calibrated with, against the recording: what is closer than
@@ -85,7 +85,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def is_worse_than_euler(self) -> bool:
-        """Whether plain Euler on the same nodes comes closer on average."""
+        """Whether plain Euler on the same nodes comes closer on average, in what can be told."""
         if self.fidelity is None or self.euler is None:
             return False
-        return self.fidelity.psnr.mean < self.euler.psnr.mean
+        floor = self.noise_floor or 100.0
+        return self.fidelity.psnr.mean < min(self.euler.psnr.mean, floor)

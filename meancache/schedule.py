@@ -68,6 +68,10 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         check_nodes(self.nodes, self.grid.steps)
         for scale in (self.guidance_scale, *(self.guidance_range or ())):
             check_guidance_scale(scale)
+        if self.guidance_range is not None and not self.guidance_range[0] < self.guidance_range[1]:
+            raise ScheduleError(
+                f"a range of guidance scales has the lower one first, found {self.guidance_range}"
+            )
         _check_weights(self.weights, len(self.nodes), self.history)
         if self.is_analytic:
             self._check_fold()

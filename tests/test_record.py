@@ -90,12 +90,37 @@ def test_a_range_of_scales_is_sampled_evenly_with_both_ends() -> None:
     prompts = options(samples=9, guidance_range=(2.0, 6.0)).sampled()
     scales = [prompt.guidance_scale for prompt in prompts if prompt.guidance_scale is not None]
     np.testing.assert_allclose(sorted(scales), np.linspace(2, 6, 9))
-    assert max(np.diff(sorted(scales[:4]))) < 2.1  # the first samples are spread as well
+    fewer = options(samples=5, guidance_range=(2.0, 6.0)).sampled()
+    assert prompts[:5] == fewer  # a larger recording keeps what is there
     assert [prompt.seed for prompt in prompts] == list(range(9))
 
 
 def test_one_scale_is_a_setting_and_not_a_prompts() -> None:
     assert all(p.guidance_scale is None for p in options(guidance_scale=3.0).sampled())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_range": (6.0, 2.0)},
+        {"guidance_range": (2.0, 6.0), "guidance_scale": 3.5},
+        {"guidance_range": (2.0, 6.0), "samples": 1},
+    ],
+)
+def test_a_range_that_cannot_be_sampled_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="the lower one first, at least two samples"):
+        options(**changes)
+
+
+def test_what_the_model_cannot_take_is_refused_before_the_work(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    tiny_qwen_image.tiny_pipeline().save_pretrained(folder)
+    odd = RecordOptions(size=(33, 48), prompts=("a",))
+    with pytest.raises(InputError, match="33"):
+        Recorder(Checkpoint(folder), odd)
+    below = RecordOptions(size=(32, 48), prompts=("a",), guidance_range=(0.5, 4.0))
+    with pytest.raises(InputError, match=r"at least 1, .*found 0\.5"):
+        Recorder(Checkpoint(folder), below)
 
 
 def test_a_scale_out_of_range_is_refused_before_the_work() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from meancache_trt import build as stages
 from meancache_trt.calibration.baking import baking
+from meancache_trt.calibration.fitted import DEFAULT_GAMMAS
 from meancache_trt.calibration.pair_path import edge_limit, shortest_pair_path
 from meancache_trt.calibration.refit import mean_gram
 from meancache_trt.calibration.trajectories import Array, Prompt, Trajectories
@@ -31,7 +32,6 @@ from meancache_trt.render import Pipeline
 
 BUDGET, SAMPLES, STEPS = 10, 16, 50
 LONG_STEPS, LONG_SAMPLES = 200, 4
-GAMMAS = (1.0, 2.0, 6.0)
 
 
 class TimedField:
@@ -135,9 +135,9 @@ def _solve(trajectories: Trajectories) -> dict[str, object]:
     edges = two_term_edges(
         mean_gram(trajectories), sigmas, longest=edge_limit(steps, BUDGET), is_consistent=True
     )
-    costs = peak_costs(trajectories, sigmas, edges, GAMMAS)
+    costs = peak_costs(trajectories, sigmas, edges, DEFAULT_GAMMAS)
     measured = time.perf_counter()
-    for cost, gamma in zip(costs, GAMMAS, strict=True):
+    for cost, gamma in zip(costs, DEFAULT_GAMMAS, strict=True):
         shortest_pair_path(cost, BUDGET, gamma)
     solved = time.perf_counter()
     return {

@@ -26,7 +26,7 @@ from meancache_trt.export.pipeline import export_components, identify, resolutio
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Exported, Model, component_name
 from meancache_trt.meancache.hashing import verified_sha256
-from meancache_trt.meancache.schedule import Schedule, bake
+from meancache_trt.meancache.schedule import FITTED, Schedule, bake
 from meancache_trt.record import Note, Recorder, RecordOptions, Report
 from meancache_trt.render import Pipeline
 from meancache_trt.selection import calibrated_size, grid_size
@@ -303,10 +303,12 @@ def warn_of(schedule: Schedule, note: Note) -> None:
         return
     assert evidence.fidelity is not None
     assert evidence.euler is not None
+    is_fitted = schedule.method == FITTED
+    remedy = "record more samples, or raise the budget" if is_fitted else "use --method fitted"
     note(
         f"warning: schedule {schedule.name} ({schedule.method}) is worse than Euler on the same "
         f"nodes, {evidence.fidelity.psnr.mean:.1f} against {evidence.euler.psnr.mean:.1f} dB on "
-        "average; use --method fitted"
+        f"average; {remedy}"
     )
 
 

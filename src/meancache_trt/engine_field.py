@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from meancache_trt.calibration.trajectories import Array, Prompt, Trajectories
-from meancache_trt.calibration.velocity_field import batch_of
+from meancache_trt.calibration.velocity_field import BATCH_VALUES, batch_of
 from meancache_trt.conditioning import Conditioning, paired
 from meancache_trt.errors import CalibrationError
 from meancache_trt.meancache.evidence import Evidence
@@ -53,6 +53,8 @@ class EngineField:
         lowest = settings.guidance_range[0] if settings.guidance_range else settings.guidance_scale
         self._schedule = pipeline.schedule(_all_steps(trajectories), lowest, self._resolution)
         self._sessions: dict[int, Session] = {}
+        tiling = pipeline.bundle.export.tiling
+        self._is_tiled = bool(tiling and tiling.space) and size > BATCH_VALUES
 
     def __call__(self, prompts: Sequence[Prompt], latents: Array, step: int) -> Array:
         """See `VelocityField`. A batch that is not full is filled up with its last sample."""
@@ -67,7 +69,8 @@ class EngineField:
     def pictures(self, latents: Array) -> Array:
         """See `VelocityField`."""
         session, chosen = self._session(len(latents))
-        return session.decode(self._shaped(latents[chosen]))[: len(latents)]
+        shaped = self._shaped(latents[chosen])
+        return session.decode(shaped, vae_tiling=self._is_tiled)[: len(latents)]
 
     def _session(self, count: int) -> tuple[Session, list[int]]:
         """A session for one sample or for a full batch, and which samples fill it."""
@@ -127,6 +130,7 @@ def _all_steps(trajectories: Trajectories) -> Schedule:
         guidance_scale=settings.guidance_scale,
         guidance_range=settings.guidance_range,
         precision=settings.precision,
+        name="the recording",
         calibration=Evidence(samples=len(trajectories), seconds=trajectories.seconds),
     )
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from meancache_trt.errors import InputError
+from meancache_trt.meancache.schedule import check_guidance_scale
 from meancache_trt.shapes import ONE, PictureSize, Range, Ranges
 
 Role = Literal[
@@ -168,6 +170,18 @@ class Guidance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def is_classifier_free(self) -> bool:
         return is_classifier_free(self.rule)
+
+
+def check_guidance(guidance: Guidance, scale: float | None) -> None:
+    """Raise `InputError` for a scale that a model with this guidance cannot take."""
+    if guidance.rule == "none" and scale is not None:
+        raise InputError(f"this model takes no guidance scale, found {scale}; leave it out")
+    check_guidance_scale(scale)
+    if guidance.is_classifier_free and scale is not None and scale < 1:
+        raise InputError(
+            "a classifier-free guidance scale is at least 1, which leaves the negative prompt "
+            f"without effect, found {scale}"
+        )
 
 
 class ParityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from meancache_trt.calibration.baking import check_budgets
 from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
-from meancache_trt.calibration.velocity_field import VelocityField
+from meancache_trt.calibration.velocity_field import BATCH_VALUES, VelocityField
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.export.family import Configs, Family, Size, default_frames, resolution
+from meancache_trt.export.family import (
+    Configs,
+    Family,
+    Size,
+    check_size,
+    default_frames,
+    resolution,
+)
 from meancache_trt.export.pipeline import identify
 from meancache_trt.export.registry import detect
+from meancache_trt.manifest import check_guidance
 from meancache_trt.meancache.schedule import ModelReference, check_guidance_scale
 
 if TYPE_CHECKING:
@@ -53,9 +62,22 @@ class RecordOptions:
                 f"calibration records at least one sample of one step, found {self.samples} of "
                 f"{self.steps}; give --samples and --steps of 1 or more"
             )
-        for scale in (self.guidance_scale, *(self.guidance_range or ())):
-            check_guidance_scale(scale)
+        check_guidance_scale(self.guidance_scale)
+        self._check_range()
         check_budgets(self.budgets, self.steps)
+
+    def _check_range(self) -> None:
+        if self.guidance_range is None:
+            return
+        low, high = self.guidance_range
+        for scale in (low, high):
+            check_guidance_scale(scale)
+        if not low < high or self.guidance_scale is not None or self.samples < 2:
+            raise InputError(
+                "a range of guidance scales has the lower one first, at least two samples and no "
+                f"single scale beside it, found {low:g} to {high:g}, {self.samples} samples and "
+                f"{self.guidance_scale}"
+            )
 
     def sampled(self) -> list[Prompt]:
         """Every sample's prompt, seed and, from a range, scale."""
@@ -64,23 +86,19 @@ class RecordOptions:
             return [Prompt(text, seed=index) for index, text in enumerate(texts)]
         low, high = self.guidance_range
         return [
-            Prompt(
-                text,
-                seed=index,
-                guidance_scale=round(low + (high - low) * _spread(index, self.samples), 6),
-            )
+            Prompt(text, seed=index, guidance_scale=round(low + (high - low) * _spread(index), 6))
             for index, text in enumerate(texts)
         ]
 
 
-def _spread(index: int, count: int) -> float:
-    """Where sample `index` of `count` lies in [0, 1]: evenly, both ends among them.
-
-    In the order of bit-reversed indices, so that the first samples are spread as well.
+def _spread(index: int) -> float:
+    """Where sample `index` lies in [0, 1]: 0, 1, 1/2, 1/4, 3/4, 1/8 …, so that more samples add to
+    those that are there.
     """
-    width = max(count - 1, 1).bit_length()
-    order = sorted(range(count), key=lambda i: int(f"{i:0{width}b}"[::-1], 2))
-    return order[index] / max(count - 1, 1)
+    if index < 2:
+        return float(index)
+    digits = f"{index - 1:b}"[::-1]
+    return float(int(digits, 2) / 2 ** len(digits))
 
 
 class Recorder:
@@ -92,6 +110,10 @@ class Recorder:
         self._configs = checkpoint.configs(
             ("transformer", "vae", "scheduler", *self._family.text_components)
         )
+        check_size(self._family, self._configs, self._size)
+        guidance = self._family.guidance(self._configs)
+        for scale in (options.guidance_scale, *(options.guidance_range or ())):
+            check_guidance(guidance, scale)
 
     def record(
         self, directory: Path, *, note: Note, report: Report, is_forced: bool = False
@@ -125,11 +147,10 @@ class Recorder:
             PipelineField,
         )
 
-        frames, (height, width) = self._frames, self._options.size
-        size = resolution(
-            self._family, self._configs, Size(height, width, self._text_tokens, frames)
-        )
+        size = resolution(self._family, self._configs, self._size)
         wrapper, vae = self._family.wrapper(), self.pipeline.vae
+        if self._family.tiling is not None and math.prod(size.latent_shape) > BATCH_VALUES:
+            vae.enable_tiling()  # a whole large video would not fit in memory
 
         def decode(latent: torch.Tensor) -> torch.Tensor:
             shaped = latent.reshape(1, *size.decode_shape)
@@ -151,6 +172,11 @@ class Recorder:
     @cached_property
     def _text_tokens(self) -> int:
         return self._options.text_tokens or self._family.default_text_tokens(self._configs)
+
+    @property
+    def _size(self) -> Size:
+        height, width = self._options.size
+        return Size(height, width, self._text_tokens, self._frames)
 
     @property
     def _frames(self) -> int | None:

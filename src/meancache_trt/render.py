@@ -22,11 +22,11 @@ from meancache_trt.encoding import BundleEncoder
 from meancache_trt.engine.select import open_runtime
 from meancache_trt.errors import InputError, ScheduleError
 from meancache_trt.export.text import TextPrecision
-from meancache_trt.manifest import Resolution
+from meancache_trt.manifest import Resolution, check_guidance
 from meancache_trt.meancache.files import atomic_write, encode_json
 from meancache_trt.meancache.hashing import digest_of
 from meancache_trt.meancache.noise import philox_normal, torch_normal
-from meancache_trt.meancache.schedule import Schedule, check_guidance_scale
+from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
 from meancache_trt.selection import check_grid, find_resolution, find_schedule
 from meancache_trt.session import Graphs, Session
@@ -245,16 +245,7 @@ class Pipeline:
         guidance = self.bundle.export.guidance
         if guidance_scale is None and schedule is not None:
             guidance_scale = schedule.guidance_scale
-        if guidance.rule == "none" and guidance_scale is not None:
-            raise InputError(
-                f"this model takes no guidance scale, found {guidance_scale}; leave it out"
-            )
-        check_guidance_scale(guidance_scale)
-        if guidance.is_classifier_free and guidance_scale is not None and guidance_scale < 1:
-            raise InputError(
-                "a classifier-free guidance scale is at least 1, which leaves the negative prompt "
-                f"without effect, found {guidance_scale}"
-            )
+        check_guidance(guidance, guidance_scale)
         return guidance.default_scale if guidance_scale is None else guidance_scale
 
     def render(

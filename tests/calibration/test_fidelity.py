@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import numpy as np
 import pytest
-from tests.calibration.conftest import FormulaField
+from tests.calibration.conftest import FieldSampler, FormulaField
 
 from meancache_trt.calibration.costs import CostRule, measure_costs
 from meancache_trt.calibration.fidelity import judging, mean_error
 from meancache_trt.calibration.metrics import bootstrap_interval, psnr, ssim
 from meancache_trt.calibration.sequential_fit import FitOptions
 from meancache_trt.calibration.stability import edge_stability
-from meancache_trt.calibration.trajectories import Array, Trajectories
+from meancache_trt.calibration.trajectories import (
+    Array,
+    Prompt,
+    Settings,
+    Trajectories,
+    record,
+)
 from meancache_trt.meancache.folding import interval_widths
+from meancache_trt.meancache.sigmas import make_grid
 
 NODES = (0, 2, 5, 6, 9)
 
@@ -84,6 +94,14 @@ def test_stability_compares_each_sample_with_the_others(samples: Trajectories) -
     assert found.variation == pytest.approx(np.median(edges.std(0, ddof=1) / edges.mean(0)))
     assert found.correlation == pytest.approx(np.mean(correlations))
     assert found.worst_correlation == pytest.approx(np.min(correlations))
+
+
+def test_two_steps_have_nothing_to_be_compared(tmp_path: Path, settings: Settings) -> None:
+    grid = make_grid(2, shift=3.0)
+    short = msgspec.structs.replace(settings, grid=grid)
+    prompts = [Prompt("a ring", seed) for seed in range(3)]
+    recorded = record(tmp_path / "short", short, FieldSampler(grid), prompts)
+    assert edge_stability(recorded) is None
 
 
 def test_a_single_sample_has_nothing_to_be_compared_with(samples: Trajectories) -> None:

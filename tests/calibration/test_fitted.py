@@ -196,3 +196,26 @@ def test_a_goal_needs_pictures(samples: Trajectories) -> None:
 def test_errors_are_averaged_as_decibels_are() -> None:
     assert mean_error(np.array([1e-1, 1e-3])) == pytest.approx(1e-2)
     assert mean_error(np.array([0.0, 0.0])) > 0  # no logarithm of zero
+
+
+def test_a_goal_cannot_be_judged_on_a_grid_of_its_own(
+    samples: Trajectories, network: FormulaField
+) -> None:
+    with pytest.raises(CalibrationError, match="judged on the recorded grid, found 'unipc'"):
+        bake_for_goal(samples, Goal(45.0), BakeOptions("unipc"), network)
+
+
+def test_a_goal_that_a_method_does_not_reach_is_an_error(
+    samples: Trajectories, network: FormulaField
+) -> None:
+    options = BakeOptions("ab2", placement="even")
+    with pytest.raises(CalibrationError, match=r"no budget up to 12 is sure to reach 99 dB"):
+        bake_for_goal(samples, Goal(99.0), options, network)
+
+
+def test_euler_is_measured_once(samples: Trajectories, network: FormulaField) -> None:
+    (schedule,) = bake_schedules(samples, [4], BakeOptions("euler"), network)
+    assert schedule.calibration is not None
+    assert schedule.calibration.candidates == 1
+    assert schedule.calibration.network_evaluations == 6 * 12 + network.evaluations
+    assert schedule.calibration.euler == schedule.calibration.fidelity

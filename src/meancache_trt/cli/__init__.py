@@ -10,7 +10,8 @@ import click
 
 from meancache_trt import __version__
 from meancache_trt.cli.bake import bake
-from meancache_trt.cli.build import build, calibrate, export, plan
+from meancache_trt.cli.build import build, export, plan
+from meancache_trt.cli.calibrate import calibrate
 from meancache_trt.cli.demo import demo
 from meancache_trt.cli.evaluate import evaluate
 from meancache_trt.cli.inspect import doctor, inspect

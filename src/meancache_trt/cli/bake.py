@@ -61,6 +61,8 @@ from meancache_trt.meancache.sigmas import make_grid
 @click.option("--name", help="Name of the schedule; by default its method and budget.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write a schedule file.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Add it to this bundle.")
+@options.backend
+@options.threads
 @options.as_json
 def bake(
     preset: str | None,
@@ -68,7 +70,7 @@ def bake(
     budget: int | None,
     target_psnr: float | None,
     percentile: float | None,
-    confidence: float,
+    confidence: float | None,
     method: str | None,
     placement: str | None,
     nodes: tuple[int, ...] | None,
@@ -83,6 +85,8 @@ def bake(
     name: str | None,
     output: Path | None,
     bundle: Path | None,
+    backend: str,
+    threads: int,
     as_json: bool,
 ) -> None:
     """Fold a schedule into weights, one row for each network evaluation.
@@ -91,7 +95,7 @@ def bake(
     From nodes:         bake --method official --nodes 0,1,3,7 --spans 1,2,1 --steps 10 --shift 3
     A published one:    bake --preset Qwen/Qwen-Image:10
     From a calibration: bake --calibration DIR --budget 10 --bundle flux.mcb
-    Fitted to it:       bake --calibration DIR --budget 10 --bundle flux.mcb --method fitted
+    By another rule:    bake --calibration DIR --budget 10 --bundle flux.mcb --method official
 
     A calibration of another resolution than the bundle's default has it in its schedules' names.
     """
@@ -103,7 +107,9 @@ def bake(
         choosing = BakeOptions(method=method or DEFAULT_METHOD, placement=placement)
         budgets = () if budget is None else ((budget,),)
         wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, ())
-        schedule = _from_calibration(calibration, wanted, choosing, opened)
+        schedule = _from_calibration(
+            calibration, wanted, choosing, opened, backend=backend, threads=threads
+        )
     else:
         assert nodes is not None
         if method == FITTED:
@@ -118,7 +124,8 @@ def bake(
         schedule = msgspec.structs.replace(schedule, name=name)
     elif opened is not None:
         # As `build` calls it, where it is the method that `build` would choose.
-        is_default = calibration is not None and (method, placement) == (None, None)
+        is_own = method in (None, DEFAULT_METHOD) and placement is None
+        is_default = is_own and calibration is not None
         own = f"b{schedule.budget}" if is_default else None
         schedule = stages.named_in(opened, schedule, own)
     _deliver(schedule, output, opened)
@@ -130,7 +137,7 @@ _APPLIES = {
     "--preset": ("height", "width"),
     "--calibration": (
         *("budget", "target_psnr", "percentile", "confidence"),
-        *("method", "placement"),
+        *("method", "placement", "backend", "threads"),
     ),
     "--nodes": (
         *("method", "spans", "steps", "shift", "mu", "shift_terminal"),
@@ -152,7 +159,13 @@ def _refuse_what_does_not_apply(*is_given: bool) -> None:
 
 
 def _from_calibration(
-    directory: Path, wanted: stages.Wanted, choosing: BakeOptions, bundle: Bundle | None
+    directory: Path,
+    wanted: stages.Wanted,
+    choosing: BakeOptions,
+    bundle: Bundle | None,
+    *,
+    backend: str,
+    threads: int,
 ) -> Schedule:
     if not wanted:
         raise click.UsageError("--calibration needs --budget or --target-psnr")
@@ -166,7 +179,9 @@ def _from_calibration(
     if bundle is None:
         (schedule,) = stages.bake_wanted(trajectories, wanted, choosing)
     else:
-        (schedule,) = stages.bake_for(bundle, trajectories, wanted, choosing, note=note)
+        (schedule,) = stages.bake_for(
+            bundle, trajectories, wanted, choosing, backend=backend, threads=threads, note=note
+        )
     stages.warn_of(schedule, note)
     return schedule
 

@@ -1,4 +1,4 @@
-"""`build`, and its stages as commands of their own: `export`, `calibrate`, `plan`."""
+"""`build`, and two of its stages as commands of their own: `export`, `plan`."""
 
 from __future__ import annotations
 
@@ -13,33 +13,15 @@ from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.calibration.baking import BakeOptions
 from meancache_trt.calibration.target import Goal
-from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.cli import options
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
 from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.meancache.schedule import Schedule, save_schedule
 from meancache_trt.plan import plan as plan_bundle
-from meancache_trt.record import Recorder, RecordOptions
+from meancache_trt.record import RecordOptions
 from meancache_trt.shapes import PictureSize, Range
 
-_samples = click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Pictures to record; 8 to 16 suffice.",
-)
-_prompts = click.option(
-    "--prompts",
-    "file",
-    type=click.Path(path_type=Path),
-    help="Prompts to record, one a line; a packaged list by default.",
-)
-_text_tokens = click.option(
-    "--text-tokens", type=click.IntRange(min=1), help="Text length; by default the pipeline's."
-)
 _weights = click.option(
     "--weights",
     type=click.Choice(["link", "copy"]),
@@ -78,7 +60,7 @@ _output = click.option(
 @options.width
 @options.frames
 @options.batch
-@_text_tokens
+@options.text_tokens
 @options.steps
 @options.guidance_to_calibrate
 @options.budgets
@@ -86,8 +68,8 @@ _output = click.option(
 @options.percentile
 @options.confidence
 @options.method
-@_samples
-@_prompts
+@options.samples
+@options.prompts
 @_weights
 @_precision
 @_skip_parity
@@ -110,7 +92,7 @@ def build(
     budgets: tuple[tuple[int, ...], ...],
     target_psnr: float | None,
     percentile: float | None,
-    confidence: float,
+    confidence: float | None,
     method: str,
     samples: int,
     file: Path | None,
@@ -138,8 +120,8 @@ def build(
     hush_libraries()
     checkpoint = stages.find_model(model)
     known = None if force else output
-    first, *further = resolutions or (_one_size(checkpoint, known, height, width, frames),)
-    prompts = _prompts_of(checkpoint, file)
+    first, *further = resolutions or (one_size(checkpoint, known, height, width, frames),)
+    prompts = prompts_of(checkpoint, file)
     recording = RecordOptions(
         size=(first.height, first.width),
         frames=first.frames,
@@ -151,16 +133,14 @@ def build(
         text_tokens=text_tokens,
         budgets=() if isinstance(wanted, Goal) else wanted,
     )
-    exporting = stages.ExportOptions(
-        size=(first.height, first.width),
-        frames=first.frames,
-        further_sizes=tuple(further),
-        batch=batch,
-        text_tokens=text_tokens,
-        weights=weights,
-        precisions=precisions or None,
+    exporting = _exporting(
+        (first, *further),
+        batch,
+        text_tokens,
+        weights,
+        precisions,
         is_parity_checked=not skip_parity,
-        parity_bytes=None if parity_memory is None else int(parity_memory * 2**30),
+        parity_gib=parity_memory,
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
     recording = replace(recording, text_tokens=bundle.export.text_tokens)
@@ -190,7 +170,7 @@ def build(
 @options.width
 @options.frames
 @options.batch
-@_text_tokens
+@options.text_tokens
 @_weights
 @_precision
 @_skip_parity
@@ -222,134 +202,18 @@ def export(
     hush_libraries()
     checkpoint = stages.find_model(model)
     known = None if force else output
-    first, *further = resolutions or (_one_size(checkpoint, known, height, width, frames),)
-    exporting = stages.ExportOptions(
-        size=(first.height, first.width),
-        frames=first.frames,
-        further_sizes=tuple(further),
-        batch=batch,
-        text_tokens=text_tokens,
-        weights=weights,
-        precisions=precisions or None,
+    first, *further = resolutions or (one_size(checkpoint, known, height, width, frames),)
+    exporting = _exporting(
+        (first, *further),
+        batch,
+        text_tokens,
+        weights,
+        precisions,
         is_parity_checked=not skip_parity,
-        parity_bytes=None if parity_memory is None else int(parity_memory * 2**30),
+        parity_gib=parity_memory,
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
     inspect_bundle(bundle, as_json=as_json)
-
-
-@click.command()
-@options.model
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to record in."
-)
-@options.resolutions
-@options.height
-@options.width
-@options.frames
-@_text_tokens
-@options.steps
-@options.guidance_to_calibrate
-@_samples
-@_prompts
-@options.budgets
-@options.target_psnr
-@options.percentile
-@options.confidence
-@options.method
-@click.option(
-    "--bundle",
-    type=click.Path(path_type=Path),
-    help="Run the network by this bundle's engine; by default the diffusers pipeline runs it.",
-)
-@options.backend
-@options.threads
-@options.as_json
-def calibrate(
-    model: str,
-    output: Path,
-    resolutions: tuple[PictureSize, ...],
-    height: int | None,
-    width: int | None,
-    frames: int | None,
-    text_tokens: int | None,
-    steps: int,
-    guidance_scale: float | tuple[float, float] | None,
-    samples: int,
-    file: Path | None,
-    budgets: tuple[tuple[int, ...], ...],
-    target_psnr: float | None,
-    percentile: float | None,
-    confidence: float,
-    method: str,
-    bundle: Path | None,
-    backend: str,
-    threads: int,
-    as_json: bool,
-) -> None:
-    """Record a checkpoint's own pipeline over all its steps, and bake schedules from that.
-
-    Can be interrupted and resumed. With --budget or --target-psnr, schedules are written to
-    OUTPUT/bN.json, for which the network runs again, along the schedules' own trajectories;
-    `bake --calibration OUTPUT` makes more later. OUTPUT holds one resolution.
-    """
-    options.check_one_way(resolutions, height, width, frames)
-    if len(resolutions) > 1:
-        raise click.UsageError("a calibration is of one resolution; give --resolution once")
-    wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, ())
-    scale, scales = options.guidance_of(guidance_scale)
-    hush_libraries()
-    checkpoint = stages.find_model(model)
-    (size,) = resolutions or (_one_size(checkpoint, None, height, width, frames),)
-    recorder = Recorder(
-        checkpoint,
-        RecordOptions(
-            size=(size.height, size.width),
-            frames=size.frames,
-            prompts=_prompts_of(checkpoint, file),
-            steps=steps,
-            samples=samples,
-            guidance_scale=scale,
-            guidance_range=scales,
-            text_tokens=text_tokens,
-            budgets=() if isinstance(wanted, Goal) else wanted,
-        ),
-    )
-    with progress("calibrate") as report:
-        trajectories = recorder.record(output, note=note, report=report)
-    schedules: tuple[Schedule, ...] = ()
-    choosing = BakeOptions(method=method)
-    if wanted and bundle is not None:
-        opened = Bundle.open(bundle)
-        schedules = stages.bake_for(
-            opened, trajectories, wanted, choosing, backend=backend, threads=threads, note=note
-        )
-    elif wanted:
-        network = recorder.field(trajectories)
-        schedules = stages.bake_wanted(trajectories, wanted, choosing, network, note=note)
-    for schedule in schedules:
-        save_schedule(schedule, output / f"b{schedule.budget}.json")
-        stages.warn_of(schedule, note)
-    _report_calibration(trajectories, schedules, as_json=as_json)
-
-
-def _report_calibration(
-    trajectories: Trajectories, schedules: Sequence[Schedule], *, as_json: bool
-) -> None:
-    recorded = len(trajectories) * trajectories.grid.steps
-    if as_json:
-        print_json(
-            {
-                "samples": len(trajectories),
-                "seconds": trajectories.seconds,
-                "network_evaluations": recorded,
-                "schedules": [schedule_facts(schedule) for schedule in schedules],
-            }
-        )
-        return
-    note(f"{len(trajectories)} samples, {trajectories.seconds:.1f} s of recording")
-    if schedules:
-        print_schedules(schedules)
 
 
 @click.command()
@@ -384,7 +248,31 @@ def report_schedules(bundle: Bundle, *, as_json: bool) -> None:
     note(f"built {bundle.directory}")
 
 
-def _one_size(
+def _exporting(
+    sizes: Sequence[PictureSize],
+    batch: Range | None,
+    text_tokens: int | None,
+    weights: Literal["link", "copy"],
+    precisions: tuple[str, ...],
+    *,
+    is_parity_checked: bool,
+    parity_gib: float | None,
+) -> stages.ExportOptions:
+    first, *further = sizes
+    return stages.ExportOptions(
+        size=(first.height, first.width),
+        frames=first.frames,
+        further_sizes=tuple(further),
+        batch=batch,
+        text_tokens=text_tokens,
+        weights=weights,
+        precisions=precisions or None,
+        is_parity_checked=is_parity_checked,
+        parity_bytes=None if parity_gib is None else int(parity_gib * 2**30),
+    )
+
+
+def one_size(
     checkpoint: Checkpoint,
     bundle: Path | None,
     height: int | None,
@@ -398,5 +286,6 @@ def _one_size(
     return PictureSize(*stages.picture_size(checkpoint, height, width), frames)
 
 
-def _prompts_of(checkpoint: Checkpoint, file: Path | None) -> tuple[str, ...]:
+def prompts_of(checkpoint: Checkpoint, file: Path | None) -> tuple[str, ...]:
+    """The prompts of --prompts, or those that the checkpoint is calibrated on by default."""
     return stages.default_prompts(checkpoint) if file is None else tuple(read_prompts(file))

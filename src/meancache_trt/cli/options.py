@@ -109,9 +109,9 @@ percentile = click.option(
 confidence = click.option(
     "--confidence",
     type=float,
-    default=DEFAULT_CONFIDENCE,
-    show_default=True,
-    help="With --target-psnr: how probable it is to be that further prompts reach it.",
+    metavar="P",
+    help="With --target-psnr: how probable it is to be that further prompts reach it; by default "
+    f"{DEFAULT_CONFIDENCE}.",
 )
 method = click.option(
     "--method",
@@ -201,17 +201,17 @@ def wanted_of(
     budgets: Sequence[tuple[int, ...]],
     target_psnr: float | None,
     percentile: float | None,
-    confidence: float,
+    confidence: float | None,
     default: tuple[int, ...],
 ) -> tuple[int, ...] | Goal:
     """What --budget or --target-psnr ask for; a usage error where both do."""
     if target_psnr is None:
-        if percentile is not None:
-            raise click.UsageError("--percentile is that of --target-psnr; give both")
+        if (percentile, confidence) != (None, None):
+            raise click.UsageError("--percentile and --confidence are those of --target-psnr")
         return tuple(budget for given in budgets for budget in given) or default
     if budgets:
         raise click.UsageError("give --budget or --target-psnr, but not both")
-    return Goal(target_psnr, percentile, confidence)
+    return Goal(target_psnr, percentile, confidence or DEFAULT_CONFIDENCE)
 
 
 def guidance_of(
@@ -241,6 +241,24 @@ class ScaleOrRange(click.ParamType[float | tuple[float, float]]):
         return low, high[0]
 
 
+samples = click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Pictures to record; 8 to 16 suffice.",
+)
+
+prompts = click.option(
+    "--prompts",
+    "file",
+    type=click.Path(path_type=Path),
+    help="Prompts to record, one a line; a packaged list by default.",
+)
+
+text_tokens = click.option(
+    "--text-tokens", type=click.IntRange(min=1), help="Text length; by default the pipeline's."
+)
 guidance_to_calibrate = click.option(
     "--guidance-scale",
     type=ScaleOrRange(),

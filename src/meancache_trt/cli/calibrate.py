@@ -1,0 +1,151 @@
+"""`calibrate`: record a checkpoint's pipeline, and bake schedules from that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from meancache_trt import build as stages
+from meancache_trt.bundle import Bundle
+from meancache_trt.calibration.baking import BakeOptions
+from meancache_trt.calibration.target import Goal
+from meancache_trt.calibration.trajectories import Trajectories
+from meancache_trt.cli import options
+from meancache_trt.cli.build import one_size, prompts_of
+from meancache_trt.cli.inspect import print_schedules, schedule_facts
+from meancache_trt.cli.output import hush_libraries, note, print_json, progress
+from meancache_trt.errors import InputError
+from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.export.pipeline import identify
+from meancache_trt.meancache.schedule import Schedule, save_schedule
+from meancache_trt.record import Recorder, RecordOptions
+from meancache_trt.shapes import PictureSize
+
+
+@click.command()
+@options.model
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to record in."
+)
+@options.resolutions
+@options.height
+@options.width
+@options.frames
+@options.text_tokens
+@options.steps
+@options.guidance_to_calibrate
+@options.samples
+@options.prompts
+@options.budgets
+@options.target_psnr
+@options.percentile
+@options.confidence
+@options.method
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Run the network by this bundle's engine; by default the diffusers pipeline runs it.",
+)
+@options.backend
+@options.threads
+@options.as_json
+def calibrate(
+    model: str,
+    output: Path,
+    resolutions: tuple[PictureSize, ...],
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    text_tokens: int | None,
+    steps: int,
+    guidance_scale: float | tuple[float, float] | None,
+    samples: int,
+    file: Path | None,
+    budgets: tuple[tuple[int, ...], ...],
+    target_psnr: float | None,
+    percentile: float | None,
+    confidence: float | None,
+    method: str,
+    bundle: Path | None,
+    backend: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Record a checkpoint's own pipeline over all its steps, and bake schedules from that.
+
+    Can be interrupted and resumed. With --budget or --target-psnr, schedules are written to
+    OUTPUT/bN.json, for which the network runs again, along the schedules' own trajectories;
+    `bake --calibration OUTPUT` makes more later. OUTPUT holds one resolution.
+    """
+    options.check_one_way(resolutions, height, width, frames)
+    if len(resolutions) > 1:
+        raise click.UsageError("a calibration is of one resolution; give --resolution once")
+    if bundle is None and (backend != "auto" or threads):
+        raise click.UsageError("--backend and --threads are those of --bundle's engine; give it")
+    wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, ())
+    scale, scales = options.guidance_of(guidance_scale)
+    hush_libraries()
+    checkpoint = stages.find_model(model)
+    (size,) = resolutions or (one_size(checkpoint, None, height, width, frames),)
+    engine = None if bundle is None else _engine(bundle, checkpoint)
+    if engine is not None:
+        text_tokens = text_tokens or engine.export.text_tokens
+    recorder = Recorder(
+        checkpoint,
+        RecordOptions(
+            size=(size.height, size.width),
+            frames=size.frames,
+            prompts=prompts_of(checkpoint, file),
+            steps=steps,
+            samples=samples,
+            guidance_scale=scale,
+            guidance_range=scales,
+            text_tokens=text_tokens,
+            budgets=() if isinstance(wanted, Goal) else wanted,
+        ),
+    )
+    with progress("calibrate") as report:
+        trajectories = recorder.record(output, note=note, report=report)
+    schedules: tuple[Schedule, ...] = ()
+    choosing = BakeOptions(method=method)
+    if wanted and engine is not None:
+        schedules = stages.bake_for(
+            engine, trajectories, wanted, choosing, backend=backend, threads=threads, note=note
+        )
+    elif wanted:
+        network = recorder.field(trajectories)
+        schedules = stages.bake_wanted(trajectories, wanted, choosing, network, note=note)
+    for schedule in schedules:
+        save_schedule(schedule, output / f"b{schedule.budget}.json")
+        stages.warn_of(schedule, note)
+    _report(trajectories, schedules, as_json=as_json)
+
+
+def _engine(path: Path, checkpoint: Checkpoint) -> Bundle:
+    """The bundle; an error before anything is recorded where it is of another checkpoint."""
+    bundle = Bundle.open(path)
+    if bundle.export.model.digest != identify(checkpoint).digest:
+        raise InputError(
+            f"{path} is a bundle of {bundle.export.model.name}, found {checkpoint.path} to "
+            "calibrate; give its own checkpoint, or leave --bundle out"
+        )
+    return bundle
+
+
+def _report(trajectories: Trajectories, schedules: Sequence[Schedule], *, as_json: bool) -> None:
+    recorded = len(trajectories) * trajectories.grid.steps
+    if as_json:
+        print_json(
+            {
+                "samples": len(trajectories),
+                "recording_seconds": trajectories.seconds,
+                "recording_evaluations": recorded,
+                "schedules": [schedule_facts(schedule) for schedule in schedules],
+            }
+        )
+        return
+    note(f"{len(trajectories)} samples, {trajectories.seconds:.1f} s of recording")
+    if schedules:
+        print_schedules(schedules)
