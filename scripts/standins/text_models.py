@@ -86,12 +86,14 @@ def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
     )
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> Tensor:
-    """Padded ids `(B, 32)`, exactly as the pipelines make them."""
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int = MAX_TOKENS
+) -> Tensor:
+    """Padded ids `(B, max_tokens)`, exactly as the pipelines make them."""
     encoded = tokenizer(
-        list(captions),
+        list(texts),
         padding="max_length",
-        max_length=MAX_TOKENS,
+        max_length=max_tokens,
         truncation=True,
         return_tensors="pt",
     )
