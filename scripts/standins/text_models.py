@@ -103,8 +103,13 @@ def token_ids(
 def _bpe_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_END_OF_WORD))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = sorted({letter + _END_OF_WORD for word in words for letter in word})
     trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix=_END_OF_WORD, show_progress=False
+        vocab_size=10_000,
+        min_frequency=1,
+        special_tokens=ends,  # numbers them, so that every process breaks ties in the same way
+        end_of_word_suffix=_END_OF_WORD,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(words, trainer)
     return merges_of(tokenizer)
