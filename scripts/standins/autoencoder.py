@@ -1,17 +1,18 @@
-"""Phase shared by every image stand-in: a small AutoencoderKL trained on drawn shapes."""
+"""Phases shared by the stand-ins: a small autoencoder trained on drawn shapes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import shapes
 import torch
 import workers
-from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo
+from diffusers import AutoencoderKL
 from progress import Budget, RunningMean
-from torch import Tensor
+from torch import Tensor, nn
 
 from meancache_trt.standins.captions import Scene, all_scenes
 
@@ -19,9 +20,29 @@ SCALE_FACTOR = 4
 
 _CHUNK = 64
 
-Autoencoder = AutoencoderKL | AutoencoderKLHunyuanVideo
 Draw = Callable[[int, torch.Generator], Iterator[tuple[Tensor, Tensor]]]
 """Endless batches, of a size, of (indices into scenes, pixels) of the world to be encoded."""
+
+Normalise = Callable[[Any, Tensor], None]
+"""Sets an autoencoder's scaling, and shift, by what it makes of pixels."""
+
+
+class Autoencoder(Protocol):
+    """An `nn.Module` that is called like `AutoencoderKL`, of pictures or of videos."""
+
+    @property
+    def config(self) -> Any:
+        """`scaling_factor`, and `shift_factor` if any: of all channels, or a tensor of each."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        """What `refine_decoder` trains."""
+
+    def encode(self, pixels: Tensor) -> Any:
+        """The posterior, as `latent_dist`."""
+
+    def decode(self, latents: Tensor) -> Any:
+        """The pixels, as `sample`."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +91,24 @@ def all_pictures(batch_size: int, generator: torch.Generator) -> Iterator[tuple[
     return pictures(all_scenes(), batch_size, generator)
 
 
+def normalise_together(autoencoder: Autoencoder, pixels: Tensor) -> None:
+    """Gives latents unit variance, and zero mean if there is a shift, over all channels."""
+    shifts = {"shift_factor": 0.0} if "shift_factor" in autoencoder.config else {}
+    autoencoder.register_to_config(scaling_factor=1.0, **shifts)
+    latents = encode(autoencoder, pixels)
+    autoencoder.register_to_config(
+        scaling_factor=round(1 / float(latents.std()), 5),
+        **{name: round(float(latents.mean()), 5) for name in shifts},
+    )
+
+
 def train(
-    autoencoder: Autoencoder, options: AutoencoderOptions, draw: Draw = all_pictures
+    autoencoder: Autoencoder,
+    options: AutoencoderOptions,
+    draw: Draw = all_pictures,
+    normalise: Normalise = normalise_together,
 ) -> dict[str, float]:
-    """Trains the autoencoder in place and sets scaling, and shift if it has one; measures it."""
+    """Trains the autoencoder in place, normalises its latents and returns measurements."""
     autoencoder.requires_grad_(True)
     if isinstance(autoencoder, AutoencoderKL):
         autoencoder.to(memory_format=torch.channels_last)
@@ -86,7 +121,7 @@ def train(
         loss_mean.add(_step(autoencoder, next(batches)[1], optimizer, options))
         budget.tick(f"autoencoder loss {loss_mean.value:.4f}")
     autoencoder.eval().requires_grad_(False)
-    _normalise(autoencoder, next(draw(512, torch.Generator().manual_seed(2)))[1])
+    normalise(autoencoder, next(draw(512, torch.Generator().manual_seed(2)))[1])
     return _measurements(autoencoder, budget, loss_mean, draw)
 
 
@@ -118,6 +153,7 @@ def refine_decoder(
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def psnr_db(autoencoder: Autoencoder, draw: Draw = all_pictures) -> float:
     """Peak signal-to-noise ratio of 256 reconstructions, averaged over pictures or videos."""
     _, pixels = next(draw(256, torch.Generator().manual_seed(3)))
@@ -129,29 +165,20 @@ def psnr_db(autoencoder: Autoencoder, draw: Draw = all_pictures) -> float:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def encode(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
     """Latents as the transformer sees them: shifted and scaled means, `(B, C, 16, 16)` of pictures.
 
-    In chunks, because a large batch of videos spends its time on fetching memory.
+    In chunks, because a large batch of videos spends its time on fetching memory; not compiled,
+    because what training compiled is for batches of another size.
     """
     scaling, shift = _scale(autoencoder)
     latents = [autoencoder.encode(part).latent_dist.mode() for part in pixels.split(_CHUNK)]
     return (torch.cat(latents) - shift) * scaling
 
 
-def _scale(autoencoder: Autoencoder) -> tuple[float, float]:
+def _scale(autoencoder: Autoencoder) -> tuple[float | Tensor, float | Tensor]:
     return autoencoder.config.scaling_factor, autoencoder.config.get("shift_factor", 0.0)
-
-
-def _normalise(autoencoder: Autoencoder, pixels: Tensor) -> None:
-    """Sets scaling, and shift where there is one: latents get unit variance and zero mean."""
-    shifts = {"shift_factor": 0.0} if "shift_factor" in autoencoder.config else {}
-    autoencoder.register_to_config(scaling_factor=1.0, **shifts)
-    latents = encode(autoencoder, pixels)
-    autoencoder.register_to_config(
-        scaling_factor=round(1 / float(latents.std()), 5),
-        **{name: round(float(latents.mean()), 5) for name in shifts},
-    )
 
 
 def _step(

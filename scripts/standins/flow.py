@@ -62,17 +62,18 @@ def build_pool(
     autoencoder: Autoencoder,
     tokenize: Sequence[Callable[[Sequence[str]], Tensor]],
     size: int,
-    seed: int,
     world: World,
 ) -> Pool:
-    """Draws, encodes and captions `size` pictures or videos."""
+    """Draws, encodes and captions this worker's share of `size` pictures or videos."""
+    seed = 5 + workers.rank()
     rng = random.Random(seed)
     source = world.batches(world.scenes, POOL_BATCH, torch.Generator().manual_seed(seed))
     latents, captions = [], []
-    for _ in range(size // POOL_BATCH):
+    for _ in range(size // workers.count() // POOL_BATCH):
         rows, pixels = next(source)
         latents.append(encode(autoencoder, pixels))
         captions += [world.caption(world.scenes[row], rng) for row in rows.tolist()]
+    print("pool ready", flush=True)
     return Pool(
         torch.cat(latents),
         tuple(token_ids(captions) for token_ids in tokenize),

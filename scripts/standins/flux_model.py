@@ -86,7 +86,11 @@ class FluxNetwork(nn.Module):
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
 
     def velocity(
-        self, latents: Tensor, sigmas: Tensor, guidance: Tensor, text: tuple[Tensor, Tensor]
+        self,
+        latents: Tensor,
+        sigmas: Tensor,
+        text: tuple[Tensor, Tensor],
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Velocity `(B, 64, 4 C)` at noise levels `(B,)` under guidance scales `(B,)`."""
         prediction = self.transformer(
@@ -94,7 +98,7 @@ class FluxNetwork(nn.Module):
             encoder_hidden_states=text[0],
             pooled_projections=text[1],
             timestep=sigmas,
-            guidance=guidance,
+            guidance=torch.ones_like(sigmas) if guidance is None else guidance,
             img_ids=self.image_ids,
             txt_ids=self.text_ids,
             return_dict=False,

@@ -10,6 +10,7 @@ import llama_text
 import moving_shapes
 import pipeline_folder
 import text_models
+import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -95,10 +96,15 @@ class HunyuanVideoNetwork(nn.Module):
         return states[:, start:], mask[:, start:], self.clip(clip_ids).pooler_output
 
     def velocity(
-        self, latents: Tensor, sigmas: Tensor, guidance: Tensor, text: tuple[Tensor, ...]
+        self,
+        latents: Tensor,
+        sigmas: Tensor,
+        text: tuple[Tensor, Tensor, Tensor],
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Velocity `(B, C, 3, 12, 12)` at noise levels `(B,)` under guidance scales `(B,)`."""
         states, mask, pooled = text
+        guidance = torch.ones_like(sigmas) if guidance is None else guidance
         prediction = self.transformer(
             hidden_states=latents,
             timestep=sigmas * 1000,

@@ -10,13 +10,11 @@ from typing import Any
 
 import shapes
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from meancache_trt import standins
 from meancache_trt.standins.captions import Scene, split_scenes
-
-DRAWINGS_PER_VALUE = 160
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Drawings:
     values: Mapping[str, int]
     indices: Callable[[Sequence[Any]], Tensor]
     draw: Callable[[Tensor, torch.Generator], Tensor]
-    per_value: int = DRAWINGS_PER_VALUE
+    per_value: int
 
 
 PICTURES = Drawings(
@@ -39,6 +37,7 @@ PICTURES = Drawings(
     },
     shapes.attribute_indices,
     shapes.draw,
+    per_value=160,
 )
 
 
@@ -73,60 +72,81 @@ def _nearest(
     return int(error.argmin()) // drawings.per_value
 
 
+def load(folder: Path) -> DiffusionPipeline:
+    """The pipeline in a folder, in float32, without a progress bar."""
+    pipeline = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @torch.inference_mode()
 def sample(
-    pipeline: FluxPipeline, captions: list[str], steps: int, guidance_scale: float, seed: int = 0
+    pipeline: DiffusionPipeline, captions: list[str], steps: int, guidance_scale: float
 ) -> Tensor:
     """Pictures `(B, 3, 64, 64)` in [-1, 1], one generator per caption."""
     batches = []
     for start in range(0, len(captions), 16):
         chunk = captions[start : start + 16]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(chunk))]
         output = pipeline(
             chunk,
             height=shapes.IMAGE_SIZE,
             width=shapes.IMAGE_SIZE,
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
             max_sequence_length=32,
             generator=generators,
             output_type="pt",
+            **_guidance(pipeline, guidance_scale, len(chunk)),
         )
         batches.append(output.images * 2 - 1)
     return torch.cat(batches)
 
 
-def table(
-    drawings: dict[str, float], samples: dict[str, float], heading: str, kind: str = "pictures"
+def _guidance(pipeline: DiffusionPipeline, scale: float, count: int) -> dict[str, Any]:
+    """The scale as an input of the transformer that has one, else against the empty caption."""
+    if pipeline.transformer.config.guidance_embeds:
+        return {"guidance_scale": scale}
+    return {"true_cfg_scale": scale, "negative_prompt": [""] * count}
+
+
+def report(
+    samples: Tensor,
+    scenes: Sequence[Any],
+    options: argparse.Namespace,
+    drawings: Drawings = PICTURES,
+    kind: str = "pictures",
 ) -> str:
-    """The accuracies as a Markdown table; those of true drawings are the ceiling."""
-    rows = "\n".join(f"| {name} | {samples[name]:.0%} | {drawings[name]:.0%} |" for name in samples)
-    return f"{heading}\n\n| attribute | {kind} | true drawings |\n|---|---|---|\n{rows}\n"
+    """A Markdown table of the accuracies; those of true drawings are the ceiling.
+
+    `options` are the `steps` and the `guidance_scale` that the samples were made with.
+    """
+    true = drawings.draw(drawings.indices(scenes), torch.Generator().manual_seed(10))
+    ceiling, found = (attribute_accuracy(each, scenes, drawings) for each in (true, samples))
+    rows = "\n".join(f"| {name} | {found[name]:.0%} | {ceiling[name]:.0%} |" for name in found)
+    return (
+        f"The first {len(scenes)} `heldout` prompts at {options.steps} steps and guidance scale "
+        f"{options.guidance_scale}: how often the nearest of {drawings.per_value} drawings per "
+        "value has the captioned one, the other attributes given.\n\n"
+        f"| attribute | {kind} | true drawings |\n|---|---|---|\n{rows}\n"
+    )
 
 
 def main() -> None:
     """Writes the accuracy on held-out scenes, and that of true drawings, as a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--folder", type=Path, default=standins.path("flux"), help="pipeline")
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=3.5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pipeline = FluxPipeline.from_pretrained(standins.path("flux")).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load(arguments.folder)
     scenes = list(split_scenes("heldout")[: arguments.count])
     captions = standins.prompts("heldout")[: arguments.count]
     pictures = sample(pipeline, captions, arguments.steps, arguments.guidance_scale)
-    drawings = shapes.draw(shapes.attribute_indices(scenes), torch.Generator().manual_seed(10))
-    heading = (
-        f"The first {len(scenes)} `heldout` prompts at {arguments.steps} steps and guidance scale "
-        f"{arguments.guidance_scale}: how often the nearest of {DRAWINGS_PER_VALUE} drawings per "
-        "value has the captioned one, the other attributes given."
-    )
-    accuracies = (attribute_accuracy(images, scenes) for images in (drawings, pictures))
-    arguments.output.write_text(table(*accuracies, heading))
+    arguments.output.write_text(report(pictures, scenes, arguments))
 
 
 if __name__ == "__main__":

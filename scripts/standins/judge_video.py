@@ -77,31 +77,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("strips", type=Path, help="picture to write")
     parser.add_argument("--table", type=Path, help="Markdown to write")
-    parser.add_argument("--folder", type=Path, help="pipeline; default: the packaged one")
+    folder = standins.path("hunyuan_video")
+    parser.add_argument("--folder", type=Path, default=folder, help="pipeline")
     parser.add_argument("--count", type=int, default=36)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=6.0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    folder = arguments.folder or standins.path("hunyuan_video")
-    pipeline = HunyuanVideoPipeline.from_pretrained(folder).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = judge.load(arguments.folder)
     scenes = split_scenes("heldout")[: arguments.count]
     captions = standins.prompts("heldout", "hunyuan_video")[: arguments.count]
     videos = sample(pipeline, captions, arguments.steps, arguments.guidance_scale)
     arguments.strips.parent.mkdir(parents=True, exist_ok=True)
     strips(videos, captions).save(arguments.strips, optimize=True)
     if arguments.table:
-        indices = moving_shapes.attribute_indices(scenes)
-        drawings = moving_shapes.draw(indices, torch.Generator().manual_seed(10))
-        heading = (
-            f"The first {len(scenes)} `heldout` prompts at {arguments.steps} steps and guidance "
-            f"scale {arguments.guidance_scale}: how often the nearest of {VIDEOS.per_value} "
-            "drawings per value has the captioned one, the other attributes given."
-        )
-        found = (judge.attribute_accuracy(each, scenes, VIDEOS) for each in (drawings, videos))
-        arguments.table.write_text(judge.table(*found, heading, "videos"))
+        arguments.table.write_text(judge.report(videos, scenes, arguments, VIDEOS, "videos"))
 
 
 if __name__ == "__main__":

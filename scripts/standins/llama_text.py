@@ -68,14 +68,8 @@ def encoder(tokenizer: LlamaTokenizerFast, width: int) -> LlamaModel:
 
 def token_ids(tokenizer: LlamaTokenizerFast, captions: Sequence[str]) -> Tensor:
     """Padded ids `(B, 127)` of the captions in the template, exactly as the pipeline makes them."""
-    encoded = tokenizer(
-        [TEMPLATE.format(caption) for caption in captions],
-        padding="max_length",
-        max_length=PREFIX_TOKENS + text_models.MAX_TOKENS,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return encoded.input_ids.to(torch.int64)
+    texts = [TEMPLATE.format(caption) for caption in captions]
+    return text_models.token_ids(tokenizer, texts, PREFIX_TOKENS + text_models.MAX_TOKENS)
 
 
 def _pieces(words: Sequence[str]) -> list[str]:

@@ -8,56 +8,53 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-
-_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+from torch import nn
 
 
 @dataclass(frozen=True)
 class Card:
-    """A template beside this file, and the phases whose measurements it tells."""
+    """A template beside this file, and the phases whose measurements it tells.
+
+    The last one leaves the weights of the pipeline's text encoders and transformer.
+    """
 
     template: str
-    autoencoder_phases: tuple[str, ...]
+    phases: tuple[str, ...]
 
 
-FLUX = Card("flux_card.md", ("autoencoder", "decoder"))
-HUNYUAN_VIDEO = Card("hunyuan_video_card.md", ("autoencoder",))
+FLUX = Card("flux_card.md", ("autoencoder", "decoder", "flow", "distilled"))
+HUNYUAN_VIDEO = Card("hunyuan_video_card.md", ("autoencoder", "flow", "distilled"))
+QWEN_IMAGE = Card("qwen_image_card.md", ("autoencoder", "decoder", "flow"))
 
 
 def write(card: Card, work: Path, pipeline_folder: Path) -> None:
     """Writes `README.md` into the pipeline folder."""
-    names = (*card.autoencoder_phases, "flow", "distilled")
-    phases = {name: _read(work, name) for name in names}
-    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder)
-    counts = {
-        name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in _COMPONENTS
+    phases = {name: json.loads((work / f"{name}.json").read_text()) for name in card.phases}
+    measured = {name: phase["measurements"] for name, phase in phases.items()}
+    parts = DiffusionPipeline.from_pretrained(pipeline_folder).components
+    counts = _parameter_counts(parts)
+    values = {
+        "total": sum(counts.values()) / 1e6,
+        "megabytes": _size_bytes(pipeline_folder) / 1e6,
+        "words": {name: len(part) for name, part in parts.items() if "tokenizer" in name},
+        "minutes": sum(found["seconds"] for found in measured.values()) / 60,
+        "rows": "\n".join(_row(name, phase) for name, phase in phases.items()),
+        "psnr": [found["psnr_db"] for found in measured.values() if "psnr_db" in found][-1],
+        "dropout": phases["flow"]["options"]["caption_dropout"],
+        "curves": {name: _curve(found) for name, found in measured.items() if "curve" in found},
+        "evaluation": _text(work / "evaluation.md"),
+        "notes": _text(work / "notes.md"),
     }
-    text = (
-        Path(__file__)
-        .with_name(card.template)
-        .read_text()
-        .format(
-            total=sum(counts.values()) / 1e6,
-            megabytes=_size_bytes(pipeline_folder) / 1e6,
-            words=len(pipeline.tokenizer),
-            words_2=len(pipeline.tokenizer_2),
-            minutes=sum(phase["measurements"]["seconds"] for phase in phases.values()) / 60,
-            rows="\n".join(_row(name, phase) for name, phase in phases.items()),
-            psnr=phases[card.autoencoder_phases[-1]]["measurements"]["psnr_db"],
-            dropout=phases["flow"]["options"]["caption_dropout"],
-            flow_curve=_curve(phases["flow"]),
-            distil_curve=_curve(phases["distilled"]),
-            evaluation=_text(work / "evaluation.md"),
-            notes=_text(work / "notes.md"),
-            **counts,
-        )
-    )
-    (pipeline_folder / "README.md").write_text(text)
+    template = Path(__file__).with_name(card.template).read_text()
+    (pipeline_folder / "README.md").write_text(template.format(**values, **counts))
 
 
-def _read(work: Path, phase: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((work / f"{phase}.json").read_text())
-    return content
+def _parameter_counts(parts: dict[str, Any]) -> dict[str, int]:
+    return {
+        name: sum(parameter.numel() for parameter in part.parameters())
+        for name, part in parts.items()
+        if isinstance(part, nn.Module)
+    }
 
 
 def _size_bytes(folder: Path) -> int:
@@ -70,8 +67,8 @@ def _row(name: str, phase: dict[str, Any]) -> str:
     return f"| {' | '.join(map(str, columns))} | {measured['loss']:.4f} |"
 
 
-def _curve(phase: dict[str, Any]) -> str:
-    return ", ".join(f"{loss:.4f} at {step}" for step, loss in phase["measurements"]["curve"])
+def _curve(measured: dict[str, Any]) -> str:
+    return ", ".join(f"{loss:.4f} at {step}" for step, loss in measured["curve"])
 
 
 def _text(file: Path) -> str:

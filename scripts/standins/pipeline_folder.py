@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from autoencoder import Autoencoder
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
+
+Vae = TypeVar("Vae", bound=ModelMixin)
 
 
 def save(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -22,9 +24,9 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
     shutil.rmtree(partial)
 
 
-def without_origin(autoencoder: Autoencoder) -> Autoencoder:
+def without_origin(autoencoder: Vae) -> Vae:
     """A copy whose configuration does not name the folder that it was loaded from."""
     config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
-    copy: Autoencoder = type(autoencoder).from_config(config)
+    copy: Vae = type(autoencoder).from_config(config)
     copy.load_state_dict(autoencoder.state_dict())
     return copy

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import autoencoder as training
 import torch
 from diffusers import AutoencoderKLQwenImage
 from diffusers.configuration_utils import FrozenDict
@@ -13,18 +12,13 @@ from torch import Tensor, nn
 
 from meancache_trt.export.qwen_image_torch import one_frame
 
+KL_WEIGHT = 5e-5
+"""At the other stand-ins' 5e-4 a latent channel collapsed, and colours with it."""
 
-def build(latent_channels: int) -> AutoencoderKLQwenImage:
-    """An untrained autoencoder from 64 x 64 pixels to 16 x 16 latents."""
-    return AutoencoderKLQwenImage(
-        base_dim=16,
-        z_dim=latent_channels,
-        dim_mult=[1, 2, 3],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * latent_channels,
-        latents_std=[1.0] * latent_channels,
-    )
+
+def options(seconds: float) -> training.AutoencoderOptions:
+    """For a phase of so many seconds."""
+    return training.AutoencoderOptions(seconds=seconds, kl_weight=KL_WEIGHT)
 
 
 class OneFrame(nn.Module):
@@ -51,18 +45,6 @@ class OneFrame(nn.Module):
             latent_channels=self.vae.config.z_dim, scaling_factor=1 / std, shift_factor=mean
         )
 
-    def register_to_config(self, scaling_factor: float, shift_factor: float) -> None:
-        """Sets the factor and the shift of all channels."""
-        channels = self.vae.config.z_dim
-        self._set_statistics([shift_factor] * channels, [1 / scaling_factor] * channels)
-
-    @torch.no_grad()
-    def normalise_channels(self, pixels: Tensor) -> None:
-        """Sets each channel's factor and shift so that it has zero mean and unit variance."""
-        latents = self.encode(pixels).latent_dist.mode()
-        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-        self._set_statistics(mean.tolist(), std.tolist())
-
     def encode(self, pixels: Tensor) -> AutoencoderKLOutput:
         """The posterior of pictures `(B, 3, H, W)` over latents `(B, C, H / 4, W / 4)`."""
         with one_frame():
@@ -75,8 +57,39 @@ class OneFrame(nn.Module):
             frames = self.vae.decoder(self.vae.post_quant_conv(latents[:, :, None]))
         return DecoderOutput(sample=frames[:, :, 0])
 
-    def _set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.vae.register_to_config(
-            latents_mean=[round(value, 5) for value in mean],
-            latents_std=[round(value, 5) for value in std],
-        )
+
+def build(latent_channels: int) -> OneFrame:
+    """An untrained autoencoder from 64 x 64 pixels to 16 x 16 latents."""
+    vae = AutoencoderKLQwenImage(
+        base_dim=16,
+        z_dim=latent_channels,
+        dim_mult=[1, 2, 3],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * latent_channels,
+        latents_std=[1.0] * latent_channels,
+    )
+    return OneFrame(vae)
+
+
+def train(model: OneFrame, options: training.AutoencoderOptions) -> dict[str, float]:
+    """Trains what `build` returned in place and returns measurements."""
+    model.vae.encoder.compile()
+    model.vae.decoder.compile()
+    return training.train(model, options, normalise=normalise_channels)
+
+
+def refine_decoder(model: OneFrame, options: training.AutoencoderOptions) -> dict[str, float]:
+    """Trains the decoder alone in place and returns measurements."""
+    model.vae.decoder.compile()
+    return training.refine_decoder(model, options)
+
+
+def normalise_channels(model: OneFrame, pixels: Tensor) -> None:
+    """Gives each channel of the latents, unscaled until now, zero mean and unit variance."""
+    latents = training.encode(model, pixels)
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    model.vae.register_to_config(
+        latents_mean=[round(value, 5) for value in mean.tolist()],
+        latents_std=[round(value, 5) for value in std.tolist()],
+    )

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import flux_model
+import pipeline_folder
 import qwen_text
 import shapes
-from autoencoder import SCALE_FACTOR
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+import text_models
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+from flux_model import PACKED_SIDE
 from qwen_attention import FixedRope, MatmulQwenAttention
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from meancache_trt.export.qwen_image_torch import position_tables
-
-PACKED_SIDE = shapes.IMAGE_SIZE // (2 * SCALE_FACTOR)
 
 
 def transformer(latent_channels: int) -> QwenImageTransformer2DModel:
@@ -32,14 +28,9 @@ def transformer(latent_channels: int) -> QwenImageTransformer2DModel:
         num_layers=5,
         attention_head_dim=32,
         num_attention_heads=4,
-        joint_attention_dim=qwen_text.WIDTH,
+        joint_attention_dim=text_models.WIDTH,
         axes_dims_rope=(8, 12, 12),
     )
-
-
-def scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Euler flow matching with FLUX's static shift of 3."""
-    return flux_model.scheduler()
 
 
 class QwenNetwork(nn.Module):
@@ -54,7 +45,7 @@ class QwenNetwork(nn.Module):
     def fix_size(self) -> None:
         """Makes the transformer fast to train, at one size and one text length only."""
         config, pictures = self.transformer.config, [(1, PACKED_SIDE, PACKED_SIDE)]
-        tables = position_tables({"transformer": config}, pictures, qwen_text.MAX_TOKENS)
+        tables = position_tables({"transformer": config}, pictures, text_models.MAX_TOKENS)
         self.transformer.pos_embed = FixedRope(tables["image_rope"], tables["text_rope"])
         self.transformer.set_attn_processor(MatmulQwenAttention())
 
@@ -84,11 +75,13 @@ def save_pipeline(
     network: QwenNetwork, vae: AutoencoderKLQwenImage, tokenizer: Qwen2Tokenizer, folder: Path
 ) -> None:
     """Writes a complete half-precision QwenImagePipeline folder."""
+    network, vae = copy.deepcopy(network), pipeline_folder.without_origin(vae)
+    vae.register_to_config(_sample_size=shapes.IMAGE_SIZE)  # for the export, see its qwen_image.py
     pipeline = QwenImagePipeline(
-        scheduler=scheduler(),
-        vae=flux_model.without_origin(vae),
+        scheduler=flux_model.scheduler(),
+        vae=vae,
         text_encoder=network.text_encoder,
         tokenizer=tokenizer,
         transformer=network.transformer,
     )
-    flux_model.write_folder(pipeline, folder)
+    pipeline_folder.save(pipeline, folder)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-import torch
+import text_models
 from diffusers import QwenImagePipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -13,10 +12,6 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from meancache_trt.standins.captions import vocabulary
 
-MAX_TOKENS = 32
-"""Tokens of a caption and of what the template puts after it."""
-
-WIDTH = 64
 _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -37,7 +32,7 @@ def tokenizer() -> Qwen2Tokenizer:
         vocab=ids,
         merges=merges,
         additional_special_tokens=list(_SPECIALS[1:]),
-        model_max_length=template()[1] + MAX_TOKENS,
+        model_max_length=template()[1] + text_models.MAX_TOKENS,
     )
 
 
@@ -45,8 +40,8 @@ def encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """An untrained two-layer language model; its picture half is as small as can be."""
     text = {
         "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
+        "hidden_size": text_models.WIDTH,
+        "intermediate_size": 2 * text_models.WIDTH,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -66,7 +61,7 @@ def encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 2,
-        "out_hidden_size": WIDTH,
+        "out_hidden_size": text_models.WIDTH,
         "fullatt_block_indexes": [0],
     }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
@@ -74,16 +69,10 @@ def encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def token_ids(tokenizer: Qwen2Tokenizer, captions: Sequence[str]) -> Tensor:
-    """Padded ids `(B, 66)` of captions in the pipeline's template."""
+    """Padded ids `(B, 66)` of captions in the template, exactly as the pipeline makes them."""
     pattern, start = template()
-    encoded = tokenizer(
-        [pattern.format(caption) for caption in captions],
-        padding="max_length",
-        max_length=start + MAX_TOKENS,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return encoded.input_ids.to(torch.int64)
+    texts = [pattern.format(caption) for caption in captions]
+    return text_models.token_ids(tokenizer, texts, start + text_models.MAX_TOKENS)
 
 
 def _merges() -> list[tuple[str, str]]:
@@ -98,7 +87,7 @@ def _merges() -> list[tuple[str, str]]:
         show_progress=False,
     )
     trained.train_from_iterator(_texts(), trainer)
-    return [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
+    return text_models.merges_of(trained)
 
 
 def _texts() -> list[str]:

@@ -41,9 +41,7 @@ def main() -> None:
     """Samples the first held-out prompts and writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="pipeline; default: the packaged FLUX one"
-    )
+    parser.add_argument("--folder", type=Path, default=standins.path("flux"), help="pipeline")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=3.5)
     parser.add_argument("--threads", type=int, default=2)

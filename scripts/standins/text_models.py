@@ -86,12 +86,14 @@ def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
     )
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> Tensor:
-    """Padded ids `(B, 32)`, exactly as the pipelines make them."""
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int = MAX_TOKENS
+) -> Tensor:
+    """Padded ids `(B, max_tokens)`, exactly as the pipelines make them."""
     encoded = tokenizer(
-        list(captions),
+        list(texts),
         padding="max_length",
-        max_length=MAX_TOKENS,
+        max_length=max_tokens,
         truncation=True,
         return_tensors="pt",
     )
@@ -101,8 +103,13 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> Te
 def _bpe_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_END_OF_WORD))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = sorted({letter + _END_OF_WORD for word in words for letter in word})
     trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix=_END_OF_WORD, show_progress=False
+        vocab_size=10_000,
+        min_frequency=1,
+        special_tokens=ends,  # numbers them, so that every process breaks ties in the same way
+        end_of_word_suffix=_END_OF_WORD,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(words, trainer)
     return merges_of(tokenizer)

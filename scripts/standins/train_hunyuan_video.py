@@ -7,8 +7,9 @@ that train the transformer share the work when started by `torch.distributed.run
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import flow
 import from_flux
@@ -17,13 +18,13 @@ import hunyuan_video_model as model
 import llama_text
 import model_card
 import moving_shapes
+import phases
 import text_models
 import torch
 import video_autoencoder
-import workers
 from diffusers import AutoencoderKLHunyuanVideo
-from guided_flow import FlowOptions, Workspace
 from hunyuan_video_attention import MatmulHunyuanVideoAttention
+from phases import FlowOptions, Workspace
 from torch import nn
 
 from meancache_trt.standins import video_captions
@@ -41,14 +42,12 @@ def train_autoencoder(space: Workspace, seconds: float) -> None:
     torch.manual_seed(options.seed)
     network = video_autoencoder.build()
     measurements = video_autoencoder.train(network, options)
-    if workers.rank() == 0:
-        network.save_pretrained(space.folder / "autoencoder")
-    space.record("autoencoder", measurements, options)
+    space.record_autoencoder("autoencoder", network, measurements, options)
 
 
 def load_autoencoder(space: Workspace) -> AutoencoderKLHunyuanVideo:
-    """The frozen autoencoder of phase 1."""
-    network = AutoencoderKLHunyuanVideo.from_pretrained(space.folder / "autoencoder")
+    """The frozen autoencoder."""
+    network = AutoencoderKLHunyuanVideo.from_pretrained(space.autoencoder_folder)
     return network.eval().requires_grad_(False)
 
 
@@ -63,8 +62,7 @@ def build_pool(
     world = flow.World(
         video_captions.training_scenes(), moving_shapes.videos, video_captions.random_caption
     )
-    share, seed = size // workers.count(), 5 + workers.rank()
-    return flow.build_pool(vae, tokenize, share, seed, world)
+    return flow.build_pool(vae, tokenize, size, world)
 
 
 def _network(tokenizers: model.Tokenizers, latent_channels: int) -> model.HunyuanVideoNetwork:
@@ -78,25 +76,10 @@ def _network(tokenizers: model.Tokenizers, latent_channels: int) -> model.Hunyua
     return network
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the phases' results")
-    parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
-    parser.add_argument("--autoencoder-seconds", type=float, default=500)
-    parser.add_argument("--flow-seconds", type=float, default=900)
-    parser.add_argument("--distil-seconds", type=float, default=270)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--pool", type=int, default=5120, help="videos kept in memory")
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
-
-
 def main() -> None:
     """Runs the phases that have not finished yet and writes the pipeline and its card."""
-    arguments = _arguments()
-    torch.set_num_threads(arguments.threads)
-    workers.join()
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    seconds = {"autoencoder": 500.0, "flow": 900.0, "distil": 270.0}
+    arguments = phases.begin(__doc__, seconds, pool=5120, batch_size=32)
     tokenizers = model.tokenizers()
 
     def save_pipeline(network: nn.Module) -> None:
@@ -105,34 +88,31 @@ def main() -> None:
     space = Workspace(arguments.work, save_pipeline)
     if not space.has("autoencoder"):
         train_autoencoder(space, arguments.autoencoder_seconds)
+    new_network = partial(_network, tokenizers, load_autoencoder(space).config.latent_channels)
     if not space.has("distilled"):
-        _train_transformer(space, tokenizers, arguments)
-    if workers.rank() == 0:
-        network = _network(tokenizers, load_autoencoder(space).config.latent_channels)
-        space.load("distilled", network)
-        space.save_pipeline(network)
-        model_card.write(model_card.HUNYUAN_VIDEO, arguments.work, arguments.output)
+        _train_transformer(space, tokenizers, new_network, arguments)
+    space.finish(new_network(), model_card.HUNYUAN_VIDEO, arguments.output)
 
 
 def _train_transformer(
-    space: Workspace, tokenizers: model.Tokenizers, arguments: argparse.Namespace
+    space: Workspace,
+    tokenizers: model.Tokenizers,
+    new_network: Callable[[], model.HunyuanVideoNetwork],
+    arguments: argparse.Namespace,
 ) -> None:
-    vae = load_autoencoder(space)
-    pool = build_pool(vae, tokenizers, arguments.pool)
-    print("pool ready", flush=True)
-    new_network = partial(_network, tokenizers, vae.config.latent_channels)
-    common = {
-        "learning_rate": 1e-3,
-        "batch_size": arguments.batch_size,
-        "sigma_mean": SIGMA_MEAN,
-        "guidance_range": GUIDANCE_RANGE,
-    }
+    pool = build_pool(load_autoencoder(space), tokenizers, arguments.pool)
+    flow_matching = FlowOptions(
+        arguments.flow_seconds,
+        batch_size=arguments.batch_size,
+        learning_rate=1e-3,
+        sigma_mean=SIGMA_MEAN,
+        guidance_range=GUIDANCE_RANGE,
+    )
     if not space.has("flow"):
         network = new_network()
         from_flux.start(network, tokenizers)
-        options = FlowOptions(arguments.flow_seconds, **common)
-        guided_flow.train_flow(space, network, pool, options)
-    distillation = FlowOptions(arguments.distil_seconds, caption_dropout=0.0, **common)
+        guided_flow.train_flow(space, network, pool, flow_matching)
+    distillation = replace(flow_matching, seconds=arguments.distil_seconds, caption_dropout=0.0)
     guided_flow.distil_guidance(space, new_network, pool, distillation)
 
 
