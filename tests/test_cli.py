@@ -341,7 +341,7 @@ def test_build_refuses_bad_input_before_it_works(run, tmp_path, arguments, messa
     ("model", "message"),
     [
         ("/nowhere", "neither a folder nor a hub id"),
-        ("standin/none", r"one of ['flux']"),
+        ("standin/none", r"one of ['flux', 'hunyuan_video', 'qwen_image']"),
         (".", "model_index.json"),
     ],
 )
