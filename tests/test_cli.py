@@ -91,6 +91,7 @@ def test_bake_refuses_malformed_schedules_with_one_message(run, arguments, messa
         ("--budget 5 --target-psnr 35", "give --budget or --target-psnr, but not both"),
         ("--percentile 5", "--percentile and --confidence are those of --target-psnr"),
         ("--budget 5,x", "'5,x' is not a list of numbers such as 10 or 15,10"),
+        ("--samples 1 --budget 5", "hold samples out and need at least 2"),
         ("--guidance-scale 6:2", "'6:2' is no range such as 2:6, the lower scale first"),
         ("--guidance-scale high", "'high' is no scale such as 3.5, and no range such as 2:6"),
     ],

@@ -233,7 +233,7 @@ def test_each_resolution_is_checked_before_any_work(run, tmp_path):
 def test_a_schedule_can_be_calibrated_for_another_resolution(run, bundle, tmp_path):
     Bundle.open(bundle).extend(resolutions("128x64"))
     for size in ("64x64", "128x64"):
-        given = ("-o", tmp_path / size, "--resolution", size, "--steps", 4, "--samples", 1)
+        given = ("-o", tmp_path / size, "--resolution", size, "--steps", 4, "--samples", 2)
         assert run("calibrate", "standin/flux", *given)[0] == 0
         made = ("--calibration", tmp_path / size, "--budget", 2, "--bundle", bundle)
         assert run("bake", *made)[0] == 0

@@ -116,6 +116,7 @@ def build(
     """
     options.check_one_way(resolutions, height, width, frames)
     wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, stages.DEFAULT_BUDGETS)
+    options.check_samples(samples, method, wanted)
     scale, scales = options.guidance_of(guidance_scale)
     hush_libraries()
     checkpoint = stages.find_model(model)

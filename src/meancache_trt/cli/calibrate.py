@@ -85,6 +85,7 @@ def calibrate(
     if bundle is None and (backend != "auto" or threads):
         raise click.UsageError("--backend and --threads are those of --bundle's engine; give it")
     wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, ())
+    options.check_samples(samples, method, wanted)
     scale, scales = options.guidance_of(guidance_scale)
     hush_libraries()
     checkpoint = stages.find_model(model)

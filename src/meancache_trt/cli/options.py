@@ -13,6 +13,7 @@ from meancache_trt.calibration.target import DEFAULT_CONFIDENCE, Goal
 from meancache_trt.engine.select import BACKENDS
 from meancache_trt.errors import InputError
 from meancache_trt.export.text import TextPrecision
+from meancache_trt.meancache.schedule import FITTED
 from meancache_trt.shapes import PictureSize, Range
 
 
@@ -212,6 +213,15 @@ def wanted_of(
     if budgets:
         raise click.UsageError("give --budget or --target-psnr, but not both")
     return Goal(target_psnr, percentile, confidence or DEFAULT_CONFIDENCE)
+
+
+def check_samples(samples: int, method: str, wanted: object) -> None:
+    """Raise a usage error where a single sample is to be held out from itself."""
+    if wanted and method == FITTED and samples < 2:
+        raise click.UsageError(
+            "fitted schedules hold samples out and need at least 2; give more --samples, 16 are "
+            "usual, or another --method"
+        )
 
 
 def guidance_of(
