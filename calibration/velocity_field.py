@@ -33,6 +33,10 @@ BATCH_VALUES = 2**20
 """Values in the latents of one batch: 4 pictures of 1024 x 1024 of FLUX.1, or a single video."""
 
 
+MOST_AT_ONCE = 16
+"""So that memory does not grow with the samples where latents are small."""
+
+
 def batch_of(latent_size: int, samples: int) -> int:
     """How many samples to evaluate at a time, for latents of `latent_size` values each."""
-    return max(1, min(samples, BATCH_VALUES // latent_size))
+    return max(1, min(samples, MOST_AT_ONCE, BATCH_VALUES // latent_size))
