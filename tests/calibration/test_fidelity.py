@@ -21,6 +21,7 @@ from meancache_trt.calibration.trajectories import (
     Trajectories,
     record,
 )
+from meancache_trt.calibration.velocity_field import batch_of
 from meancache_trt.meancache.folding import interval_widths
 from meancache_trt.meancache.sigmas import make_grid
 
@@ -107,3 +108,11 @@ def test_two_steps_have_nothing_to_be_compared(tmp_path: Path, settings: Setting
 def test_a_single_sample_has_nothing_to_be_compared_with(samples: Trajectories) -> None:
     alone = Trajectories(samples.directory, samples.settings, samples.samples[:1])
     assert edge_stability(alone) is None
+
+
+@pytest.mark.parametrize(
+    ("latent_size", "samples", "batch"),
+    [(2048, 8, 8), (2048, 512, 16), (2**18, 16, 4), (2**23, 16, 1)],
+)
+def test_a_batch_holds_no_more_for_more_samples(latent_size: int, samples: int, batch: int) -> None:
+    assert batch_of(latent_size, samples) == batch
