@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scripts.rivals.work import probing
 
 from meancache_trt import build as stages
-from meancache_trt.calibration.recording import PipelineCall
+from meancache_trt.calibration.recording import PipelineCall, scheduler_replaced
 from meancache_trt.calibration.trajectories import Prompt
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.record import Recorder, RecordOptions
@@ -53,15 +53,9 @@ class Subject:
             )[0]
         return Run(np.asarray(pictures[0]), probe.calls, probe.flops, probe.seconds)
 
-    @contextlib.contextmanager
-    def scheduler(self, scheduler: Any) -> Iterator[None]:
+    def scheduler(self, scheduler: Any) -> contextlib.AbstractContextManager[None]:
         """Another scheduler in the pipeline for the length of the `with`."""
-        original = self.pipeline.scheduler
-        self.pipeline.scheduler = scheduler
-        try:
-            yield
-        finally:
-            self.pipeline.scheduler = original
+        return scheduler_replaced(self.pipeline, scheduler)
 
 
 @contextlib.contextmanager

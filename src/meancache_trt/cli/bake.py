@@ -20,7 +20,6 @@ from meancache_trt.calibration.target import Goal
 from meancache_trt.calibration.trajectories import load_trajectories
 from meancache_trt.cli import options
 from meancache_trt.cli.output import note, print_json, show_schedule
-from meancache_trt.heap import keep_heap_flat
 from meancache_trt.meancache.presets import preset as load_preset
 from meancache_trt.meancache.schedule import FITTED, Schedule, save_schedule
 from meancache_trt.meancache.schedule import bake as bake_schedule
@@ -100,7 +99,6 @@ def bake(
 
     A calibration of another resolution than the bundle's default has it in its schedules' names.
     """
-    keep_heap_flat()
     _refuse_what_does_not_apply(preset is not None, calibration is not None, nodes is not None)
     opened = None if bundle is None else Bundle.open(bundle)
     if preset is not None:

@@ -18,7 +18,6 @@ from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_
 from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.heap import keep_heap_flat
 from meancache_trt.plan import plan as plan_bundle
 from meancache_trt.record import RecordOptions
 from meancache_trt.shapes import PictureSize, Range
@@ -118,7 +117,6 @@ def build(
     options.check_one_way(resolutions, height, width, frames)
     wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, stages.DEFAULT_BUDGETS)
     options.check_samples(samples, method, wanted)
-    keep_heap_flat()
     scale, scales = options.guidance_of(guidance_scale)
     hush_libraries()
     checkpoint = stages.find_model(model)

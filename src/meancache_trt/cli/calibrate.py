@@ -19,7 +19,6 @@ from meancache_trt.cli.output import hush_libraries, note, print_json, progress
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.pipeline import identify
-from meancache_trt.heap import keep_heap_flat
 from meancache_trt.meancache.schedule import Schedule, save_schedule
 from meancache_trt.record import Recorder, RecordOptions
 from meancache_trt.shapes import PictureSize
@@ -87,7 +86,6 @@ def calibrate(
         raise click.UsageError("--backend and --threads are those of --bundle's engine; give it")
     wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, ())
     options.check_samples(samples, method, wanted)
-    keep_heap_flat()
     scale, scales = options.guidance_of(guidance_scale)
     hush_libraries()
     checkpoint = stages.find_model(model)

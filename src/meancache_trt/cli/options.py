@@ -212,7 +212,7 @@ def wanted_of(
         return tuple(budget for given in budgets for budget in given) or default
     if budgets:
         raise click.UsageError("give --budget or --target-psnr, but not both")
-    return Goal(target_psnr, percentile, confidence or DEFAULT_CONFIDENCE)
+    return Goal(target_psnr, percentile, DEFAULT_CONFIDENCE if confidence is None else confidence)
 
 
 def check_samples(samples: int, method: str, wanted: object) -> None:

@@ -19,8 +19,13 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 
 from meancache_trt.calibration.evaluation import Setup
-from meancache_trt.calibration.recording import PipelineCall, PipelineSampler
-from meancache_trt.calibration.trajectories import Array, Prompt
+from meancache_trt.calibration.recording import (
+    PipelineCall,
+    PipelineSampler,
+    as_array,
+    scheduler_replaced,
+)
+from meancache_trt.calibration.trajectories import Prompt
 from meancache_trt.errors import ScheduleError
 from meancache_trt.evaluate.renderer import Render
 from meancache_trt.export.checkpoint import Checkpoint
@@ -115,10 +120,10 @@ class TorchRenderer:
                 "num_inference_steps": schedule.grid.steps,
                 "output_type": "np",
             }
-            with _scheduler(self._pipeline, scheduler):
+            with scheduler_replaced(self._pipeline, scheduler):
                 pictures = self._pipeline(**arguments)[0]
             assert scheduler.final is not None
-            return Batch(_array(scheduler.final), _array(pictures), 1e3 * scheduler.loop_s)
+            return Batch(as_array(scheduler.final), np.asarray(pictures), 1e3 * scheduler.loop_s)
 
         return render
 
@@ -157,16 +162,6 @@ class TorchRenderer:
 
 
 @contextlib.contextmanager
-def _scheduler(pipeline: Any, scheduler: TimedScheduler) -> Iterator[None]:
-    original = pipeline.scheduler
-    pipeline.scheduler = scheduler
-    try:
-        yield
-    finally:
-        pipeline.scheduler = original
-
-
-@contextlib.contextmanager
 def limited_threads(threads: int) -> Iterator[None]:
     """Let torch use so many cores; 0 leaves what it uses."""
     before = torch.get_num_threads()
@@ -175,8 +170,3 @@ def limited_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _array(values: Any) -> Array:
-    tensor = torch.as_tensor(values).detach().to("cpu", torch.float32)
-    return np.array(tensor.numpy(), order="C")
