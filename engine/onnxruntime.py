@@ -119,6 +119,7 @@ class OnnxRuntime:
 
     name = "onnxruntime-cpu"
     device = "cpu"
+    precisions = ("float32",)  # it has no bfloat16 on the CPU
 
     def __init__(self, threads: int = 0, *, is_frugal: bool = False) -> None:
         try:

@@ -83,6 +83,10 @@ class Runtime(Protocol):
     def device(self) -> str:
         """Where its tensors are, as torch names it, such as "cpu" or "cuda:0"."""
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Which graphs it runs where a bundle has several of one network, the preferred first."""
+
     def load(self, path: Path, *, is_light: bool = False) -> Graph:
         """Load an ONNX graph (and the engine built from it, where the backend has one).
 

@@ -84,6 +84,7 @@ class CallSequence:
 class NumpyRuntime:
     name = "numpy"
     device = "cpu"
+    precisions = ("float32",)
     version = np.__version__
 
     def load(self, path: Path, *, is_light: bool = False) -> Graph:

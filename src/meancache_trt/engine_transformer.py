@@ -80,9 +80,9 @@ class EngineTransformer:
         self._signature = _without_self(inspect.signature(module.forward))
         self.config = _config(module, bundle)
         self._configs = {"transformer": self.config}
-        self._component = bundle.export.components["transformer"]
         self._is_owner = runtime is None
         self._runtime = runtime or open_runtime(backend, threads=threads)
+        _, self._component = bundle.export.component_in("transformer", self._runtime.precisions)
         self._graph = self._runtime.load(bundle.component_path(self._component))
         self._tables: dict[Hashable, Tensors] = {}
         self.device = torch.device(self._runtime.device)

@@ -7,6 +7,7 @@
     ├── CalibrationError       trajectories that are missing, inconsistent or not finite
     ├── RuntimeUnavailableError  a backend that is not installed, or has no device here
     ├── PlanError              a graph that TensorRT cannot build
+    │   └── PlanMismatchError  a plan that is not for this GPU, library, graph or size
     ├── RenderError            a render that produced no valid picture
     └── InputError             a user's file or option that cannot be used
 
@@ -43,6 +44,10 @@ class RuntimeUnavailableError(MeanCacheError):
 
 class PlanError(MeanCacheError):
     """A graph that TensorRT cannot build."""
+
+
+class PlanMismatchError(PlanError):
+    """A plan that is missing or damaged, or not for this GPU, library, graph or size."""
 
 
 class RenderError(MeanCacheError):

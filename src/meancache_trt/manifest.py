@@ -5,13 +5,13 @@ A host binds tensors by their role and never by the model's family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from meancache_trt.errors import InputError
+from meancache_trt.errors import BundleError, InputError
 from meancache_trt.meancache.schedule import check_guidance_scale
 from meancache_trt.shapes import ONE, PictureSize, Range, Ranges
 
@@ -262,6 +262,20 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Every weight file of the bundle, once each."""
         parts = [file for component in self.components.values() for file in component.weights]
         return list(dict.fromkeys([*parts, *self.encoder_weights]))
+
+    def component_in(self, part: str, precisions: Sequence[str]) -> tuple[str, Component]:
+        """A part's graph, and its name, in the first of `precisions` that there is.
+
+        Raises `BundleError` where there is none.
+        """
+        names = [component_name(part, precision) for precision in precisions]
+        for name in names:
+            if name in self.components:
+                return name, self.components[name]
+        raise BundleError(
+            f"expected a graph of {part} in {' or '.join(precisions)}, found none; export it with "
+            f"`--precision {precisions[0]}`"
+        )
 
     def text_graphs(self) -> dict[str, Component]:
         """The text encoders by name where they make all conditioning that the transformer takes.

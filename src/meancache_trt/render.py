@@ -217,7 +217,7 @@ class Pipeline:
                 f"{str(found.model.digest)[:12]}), this bundle is {export.model.name!r} (digest "
                 f"{export.model.digest[:12]}); calibrate on this checkpoint"
             )
-        precision = export.components["transformer"].precision
+        precision = self.graphs.network("transformer").precision
         if found.calibration is not None and found.precision != precision:
             raise ScheduleError(
                 f"schedule {found.name!r} was calibrated in {found.precision}, this bundle's "

@@ -47,6 +47,10 @@ class Graphs:
         self.bundle, self.runtime = bundle, runtime
         self._loaded: dict[str, Graph] = {}
 
+    def network(self, part: str) -> Component:
+        """A network in the precision that the runtime prefers of those that there are."""
+        return self.bundle.export.component_in(part, self.runtime.precisions)[1]
+
     def graph(self, component: Component) -> Graph:
         """The loaded graph of a component."""
         if component.path not in self._loaded:
@@ -84,7 +88,7 @@ class Session:
         self._graphs = graphs
         self._sizes = {**resolution.symbols, **batch_symbols(batch)}
         self._prepare = export.components["prepare"]
-        transformer, update = export.components["transformer"], self._update_for(schedule)
+        transformer, update = graphs.network("transformer"), self._update_for(schedule)
         scales = {
             n: record for n, record in update.inputs.items() if record.role == "guidance_scale"
         }
@@ -220,7 +224,7 @@ class Session:
         """The decoder of one way to decode; made once, then kept."""
         if vae_tiling not in self._decoders:
             export = self._graphs.bundle.export
-            decoder = export.components["vae_decoder"]
+            decoder = self._graphs.network("vae_decoder")
             self._decoders[vae_tiling] = Decoder(
                 self._graphs.runtime,
                 self._graphs.graph(decoder),

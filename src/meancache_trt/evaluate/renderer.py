@@ -107,7 +107,7 @@ class EngineRenderer:
             steps=steps,
             reference_steps=reference_steps,
             guidance_scale=self._guidance_scale,
-            precision=export.components["transformer"].precision,
+            precision=self._pipeline.graphs.network("transformer").precision,
             noise=self._noise,
         )
 
