@@ -76,7 +76,7 @@ def test_each_distinct_prompt_is_encoded_once(
 
 OTHERS = {
     "text tokens": ({"text_tokens": 99}, CalibrationError, "99 text tokens, this bundle takes"),
-    "precision": ({"precision": "bfloat16"}, ScheduleError, "calibrated in bfloat16"),
+    "precision": ({"precision": "float8"}, ScheduleError, "calibrated in float8"),
     "family": ({"family": "qwen_image"}, ScheduleError, "for the family 'qwen_image'"),
     "model": (
         {"model": ModelReference(name="other", digest="00")},

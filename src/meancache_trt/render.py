@@ -195,7 +195,8 @@ class Pipeline:
 
         Raises:
             BundleError: where the bundle has none of that name or budget.
-            ScheduleError: where it belongs to another model, grid, guidance scale or precision.
+            ScheduleError: where it belongs to another model, grid or guidance scale, or to a
+                precision that says nothing of the network's.
         """
         export = self.bundle.export
         rendered = resolution or export.resolution
@@ -218,12 +219,7 @@ class Pipeline:
                 f"{str(found.model.digest)[:12]}), this bundle is {export.model.name!r} (digest "
                 f"{export.model.digest[:12]}); calibrate on this checkpoint"
             )
-        precision = self.graphs.network("transformer").precision
-        if found.calibration is not None and found.precision != precision:
-            raise ScheduleError(
-                f"schedule {found.name!r} was calibrated in {found.precision}, this bundle's "
-                f"network is {precision}; calibrate in {precision}"
-            )
+        found.check_precision(self.graphs.network("transformer").precision)
         grid = grid_of(found.grid.steps)
         check_grid(self.bundle, found, rendered.size, grid)
         return found.fit_to(grid, self.guidance(guidance_scale, found))
