@@ -97,6 +97,19 @@ def test_recordings_of_something_else_are_refused(
         pass
 
 
+def test_recordings_of_a_near_precision_are_taken(
+    pipeline: Pipeline, recorded: Trajectories
+) -> None:
+    settings = msgspec.structs.replace(recorded.settings, precision="bfloat16")
+    others = Trajectories(recorded.directory, settings, recorded.samples)
+    prompts = [sample.prompt for sample in recorded.samples][:1]
+    found = []
+    for each in (recorded, others):
+        with engine_field(pipeline, each) as field:
+            found.append(field(prompts, latents_at(recorded, 1)[:1], 1))
+    np.testing.assert_array_equal(*found)
+
+
 def test_a_size_that_the_bundle_lacks_is_refused(
     pipeline: Pipeline, recorded: Trajectories
 ) -> None:
