@@ -36,11 +36,11 @@ FITTED = "fitted"
 INTERCHANGEABLE_PRECISIONS = frozenset({"float32", "bfloat16", "float16"})
 """What schedules may be calibrated in, and networks run in, whichever it is of either.
 
-Measured for float32 and bfloat16 (docs/proof/precision-transfer.json: three models, B = 6 to 15). On
-the bfloat16 network, schedules that were fitted to the float32 one keep from 1.0 dB less to 1.0 dB
-more mean PSNR than those that were fitted to it, 0.1 dB less on average, where the noise floor is
-60 to 64 dB. The same holds of a fit by the bfloat16 network to recordings in float32. float16 rounds
-less than bfloat16 does; networks in fewer bits were not measured.
+Measured for float32 and bfloat16 (docs/proof/precision-transfer.json: three models, B = 6 to 15).
+On the bfloat16 network, schedules that were fitted to the float32 one keep from 1.0 dB less to
+1.0 dB more mean PSNR than those that were fitted to it, 0.1 dB less on average, where the noise
+floor is 60 to 64 dB. The same holds of a fit by the bfloat16 network to recordings in float32.
+float16 rounds less than bfloat16 does; networks in fewer bits were not measured.
 """
 
 
