@@ -30,6 +30,7 @@ from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
 from meancache_trt.selection import check_grid, find_resolution, find_schedule
 from meancache_trt.session import Graphs, Session
+from meancache_trt.text_length import cut_to_bucket
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -125,7 +126,7 @@ class Pipeline:
         self.bundle = bundle
         self.runtime = open_runtime(backend, threads=threads)
         self.graphs = Graphs(bundle, self.runtime)
-        self._sessions: dict[tuple[Schedule, tuple[int, ...]], Session] = {}
+        self._sessions: dict[tuple[Schedule, tuple[int, ...], int], Session] = {}
         self._encoder = BundleEncoder(
             self.graphs,
             precision=text_precision,
@@ -194,7 +195,8 @@ class Pipeline:
 
         Raises:
             BundleError: where the bundle has none of that name or budget.
-            ScheduleError: where it belongs to another model, grid, guidance scale or precision.
+            ScheduleError: where it belongs to another model, grid or guidance scale, or to a
+                precision that says nothing of the network's.
         """
         export = self.bundle.export
         rendered = resolution or export.resolution
@@ -217,22 +219,26 @@ class Pipeline:
                 f"{str(found.model.digest)[:12]}), this bundle is {export.model.name!r} (digest "
                 f"{export.model.digest[:12]}); calibrate on this checkpoint"
             )
-        precision = self.graphs.network("transformer").precision
-        if found.calibration is not None and found.precision != precision:
-            raise ScheduleError(
-                f"schedule {found.name!r} was calibrated in {found.precision}, this bundle's "
-                f"network is {precision}; calibrate in {precision}"
-            )
+        found.check_precision(self.graphs.network("transformer").precision)
         grid = grid_of(found.grid.steps)
         check_grid(self.bundle, found, rendered.size, grid)
         return found.fit_to(grid, self.guidance(guidance_scale, found))
 
-    def session(self, schedule: Schedule, resolution: Resolution | None = None) -> Session:
-        """The session of a schedule and size; made once, then kept."""
+    def session(
+        self,
+        schedule: Schedule,
+        resolution: Resolution | None = None,
+        text_tokens: int | None = None,
+    ) -> Session:
+        """The session of a schedule, size and text length; made once, then kept.
+
+        `text_tokens` is by default the bundle's full length.
+        """
         size = resolution or self.bundle.export.resolution
-        key = (schedule, size.noise_shape)
+        length = self.bundle.export.text_tokens if text_tokens is None else text_tokens
+        key = (schedule, size.noise_shape, length)
         if key not in self._sessions:
-            self._sessions[key] = Session(self.graphs, schedule, size)
+            self._sessions[key] = Session(self.graphs, schedule, size.with_text(length))
         return self._sessions[key]
 
     def guidance(
@@ -265,7 +271,9 @@ class Pipeline:
     ) -> list[Rendering]:
         """Render one picture for each prompt.
 
-        A picture depends on its own prompt and seed alone, not on its place in the list.
+        A picture depends on its own prompt and seed alone, not on its place in the list. The
+        network runs on the shortest of the bundle's text lengths that holds the prompt and its
+        negative prompt.
 
         Args:
             prompts: texts, or what `encode` made of them (then torch is not needed).
@@ -291,14 +299,14 @@ class Pipeline:
         scale = self.guidance(guidance_scale, chosen)
         starts = [_NOISE[noise](start, size.noise_shape) for start in seeds]
         conditionings = self._encoder.for_pictures(prompts, negative_prompt)
-        session = self.session(chosen, size)
         schedule_digest = digest_of(encode_json(chosen))
         renderings = []
         for index, conditioning in enumerate(conditionings):
             prompt, *negatives = conditioning.prompts
-            batch = session.run(
+            length, tensors = cut_to_bucket(self.bundle.export, conditioning)
+            batch = self.session(chosen, size, length).run(
                 starts[index][None],
-                conditioning.tensors,
+                tensors,
                 scale,
                 _for_image(on_evaluation, index, len(seeds)),
                 vae_tiling=vae_tiling,

@@ -151,12 +151,13 @@ def print_schedules(schedules: Sequence[Schedule]) -> None:
     print_table(
         [
             *("schedule", "evaluations", "of", "method", "history"),
-            *("guidance scale", "calibrated at", "PSNR dB", "5 %", "worst", "SSIM", "Euler dB"),
+            *("guidance scale", "calibrated at", "in"),
+            *("PSNR dB", "5 %", "worst", "SSIM", "Euler dB"),
         ],
         [
             [
                 *(s.name, s.budget, s.grid.steps, s.method, s.history),
-                *(_scale(s), _size(s) or "", *_fidelity(s)),
+                *(_scale(s), _size(s) or "", s.precision if s.calibration else "", *_fidelity(s)),
             ]
             for s in schedules
         ],
@@ -195,5 +196,6 @@ def schedule_facts(schedule: Schedule) -> dict[str, object]:
         "guidance_scale": schedule.guidance_scale,
         "guidance_range": schedule.guidance_range,
         "calibrated_at": _size(schedule),
+        "precision": None if schedule.calibration is None else schedule.precision,
         "calibration": schedule.calibration,
     }

@@ -104,6 +104,8 @@ def show_schedule(schedule: Schedule) -> None:
         click.echo(f"guidance scale {schedule.guidance_scale}")
     if schedule.model is not None:
         click.echo(f"model {schedule.model.name}")
+    if schedule.calibration is not None:
+        click.echo(f"calibrated in {schedule.precision}")
     click.echo()
     spans = [*(schedule.spans or ()), ""] if schedule.spans else [""] * schedule.budget
     rows = [

@@ -42,7 +42,7 @@ class Renderer(Protocol):
 
 
 class EngineRenderer:
-    """A bundle on its engine, at one size and guidance scale.
+    """A bundle on its engine, at one size and guidance scale, and at the full text length.
 
     Args:
         pipeline: must outlive the renderer.
