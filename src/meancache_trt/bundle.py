@@ -3,7 +3,8 @@
     manifest.json            what is here, and the SHA-256 of every file
     schedules/NAME.*.json    any number of baked schedules
     transformer/ vae_decoder/ update/ prepare.onnx     graphs, beside the weights they point into
-    plans/                   what a backend prepared, and for what
+    plans/                   what TensorRT built, and for what
+    measured/                what a backend took here
     pipeline/                tokenizers and text encoders in diffusers' layout
 
 A bundle is built in a temporary directory and renamed, so that it is there whole or not at all.
@@ -106,6 +107,10 @@ class Bundle:
             else:
                 return cls(directory, manifest)
 
+    def refresh(self) -> None:
+        """Take up what others added since this bundle was opened. Checks the manifest alone."""
+        self.manifest = _read_manifest(self.directory)
+
     @property
     def export(self) -> Exported:
         """What the export says about itself."""
@@ -116,7 +121,7 @@ class Bundle:
         return self.directory / component.path
 
     def names(self, kind: str) -> list[str]:
-        """Names of the additions of a kind, "schedules" or "plans"."""
+        """Names of the additions of a kind: "schedules", "plans" or "measured"."""
         paths = [PurePosixPath(name) for name in self.manifest.additions]
         return [path.name for path in paths if path.parent.name == kind]
 
@@ -144,7 +149,7 @@ class Bundle:
         return self.add_file(f"schedules/{name}", encode_json(schedule))
 
     def add_file(self, name: str, content: bytes) -> Path:
-        """Add a JSON file under a name such as "plans/cpu", replacing what had that name.
+        """Add a JSON file under a name such as "measured/cpu", replacing what had that name.
 
         The file is named after its contents and the manifest switches to it at once, so that the
         bundle is whole at every moment, also for those who are reading it.
