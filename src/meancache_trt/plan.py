@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +22,7 @@ from meancache_trt.engine.tensorrt.library import (
     installed_flavours,
     load_library,
 )
-from meancache_trt.engine.tensorrt.memory import check_memory, plan_bytes
+from meancache_trt.engine.tensorrt.memory import check_memory, predicted_plan_bytes
 from meancache_trt.engine.tensorrt.process import run_build
 from meancache_trt.engine.tensorrt.record import (
     BuildOptions,
@@ -45,9 +46,12 @@ from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.profiles import profile
 from meancache_trt.export.registry import FAMILIES
+from meancache_trt.export.safetensors_file import read_tensors
 from meancache_trt.manifest import Component, Exported
 from meancache_trt.record import Note, Report
 from meancache_trt.shapes import Range, Ranges
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Progress = Callable[[str], AbstractContextManager[Report]]
 """Begins a progress bar under a title."""
@@ -86,10 +90,14 @@ class Planned:
 
 @dataclass(frozen=True)
 class _Work:
-    """A plan to have: its key, and the graph it is built from."""
+    """A plan to have: its key, and the graph it is built from.
+
+    `built_bytes` are its weights' in the precision of the plan.
+    """
 
     component: Component
     key: PlanKey
+    built_bytes: int
 
     @property
     def title(self) -> str:
@@ -228,7 +236,17 @@ def _works(
             compute_capability=target.capability,
             options=options,
         )
-        yield _Work(component, key)
+        yield _Work(component, key, _built_bytes(bundle, component))
+
+
+def _built_bytes(bundle: Bundle, component: Component) -> int:
+    """A component's weights in its own precision, which may not be what they are stored in."""
+    files = [bundle.directory / file.path for file in component.weights]
+    tensors = [tensor for file in files for tensor in read_tensors(file).values()]
+    elements = sum(math.prod(tensor.shape) for tensor in tensors)
+    stored = sum(tensor.length for tensor in tensors) / elements if elements else 1
+    wanted = _ITEM_BYTES[component.precision] if elements else 1
+    return int(component.weight_bytes * wanted / stored)
 
 
 def _check_precision(export: Exported, capability: str) -> None:
@@ -264,20 +282,15 @@ def _covers(given: Range, listed: Range) -> bool:
 
 def _check_room(bundle: Bundle, missing: Sequence[_Work], options: PlanOptions) -> None:
     """Raise where memory or disk will not do for plans that are to be built."""
-    weights = {work.title: work.component.weight_bytes for work in missing}
-    if options.is_memory_checked:
-        for title, size in weights.items():
-            check_memory(title, size)
-    wanted, free = sum(map(plan_bytes, weights.values())), _free_bytes(bundle)
+    for work in missing if options.is_memory_checked else ():
+        check_memory(work.title, work.component.weight_bytes, work.built_bytes)
+    wanted = sum(predicted_plan_bytes(work.built_bytes) for work in missing)
+    free = shutil.disk_usage(bundle.directory).free
     if wanted > free:
         raise InputError(
             f"{len(missing)} plans of {bundle.directory} are expected to take {wanted / 1e9:.1f} "
             f"GB, found {free / 1e9:.1f} GB of free disk; make room there"
         )
-
-
-def _free_bytes(bundle: Bundle) -> int:
-    return shutil.disk_usage(bundle.directory).free
 
 
 def _note_timing_cache(targets: Sequence[Target], options: PlanOptions, note: Note) -> None:
