@@ -7,9 +7,12 @@ import time
 import msgspec
 
 from meancache_trt.bundle import Bundle
-from meancache_trt.meancache.files import encode_json
+from meancache_trt.errors import BundleError
+from meancache_trt.meancache.files import decode_json, encode_json
 from meancache_trt.meancache.schedule import bake
 from meancache_trt.render import Pipeline
+
+KIND = "measured"
 
 _STEPS = 4
 """Evaluations that a time is a mean of; grids of two steps and more can be stretched."""
@@ -55,5 +58,19 @@ def measure(bundle: Bundle, *, backend: str, threads: int) -> Measured:
             load_ms=load_ms,
             evaluation_ms=1e3 * (time.perf_counter() - start) / schedule.budget,
         )
-    bundle.add_file(f"measured/{record.runtime}", encode_json(record))
+    bundle.add_file(f"{KIND}/{record.runtime}", encode_json(record))
     return record
+
+
+def measured_in(bundle: Bundle) -> list[Measured]:
+    """What was measured of a bundle, one record a runtime."""
+    return [
+        decode_json(bundle.directory / addition.path, Measured, BundleError)
+        for name, addition in bundle.manifest.additions.items()
+        if name.startswith(f"{KIND}/")
+    ]
+
+
+def describe(record: Measured) -> str:
+    """A line for people."""
+    return f"{record.runtime} {record.version}: {record.evaluation_ms:.2f} ms an evaluation"

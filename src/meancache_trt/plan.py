@@ -198,21 +198,35 @@ def plan(
         ]
         for bundle in bundles
     ]
-    for bundle, of_bundle in zip(bundles, works, strict=True):
-        _note_what_is_left_out(bundle.export, ranges(bundle.export), note)
-        store = PlanStore(bundle)
+    for bundle, of_bundle in zip(bundles, works, strict=True) if targets else ():
+        store, tell = PlanStore(bundle), _note_of(bundle, bundles, note)
+        _note_what_is_left_out(bundle.export, ranges(bundle.export), tell)
         for path in store.clean():
-            note(f"removed {path}, which a build that ended midway left behind")
+            tell(f"removed {path}, which a build that ended midway left behind")
         missing = [work for work in of_bundle if is_forced or _usable(store, work) is None]
         _check_room(bundle, missing, options)
     _note_timing_cache(targets, options, note)
     return [
         [
-            _have(PlanStore(bundle), work, options, note=note, progress=progress, force=is_forced)
+            _have(
+                PlanStore(bundle),
+                work,
+                options,
+                note=_note_of(bundle, bundles, note),
+                progress=progress,
+                is_forced=is_forced,
+            )
             for work in of_bundle
         ]
         for bundle, of_bundle in zip(bundles, works, strict=True)
     ]
+
+
+def _note_of(bundle: Bundle, bundles: Sequence[Bundle], note: Note) -> Note:
+    """Notes that say which of several bundles they are about."""
+    if len(bundles) == 1:
+        return note
+    return lambda text: note(f"{bundle.directory.name}: {text}")
 
 
 def _works(
@@ -307,15 +321,15 @@ def _have(
     *,
     note: Note,
     progress: Progress,
-    force: bool,
+    is_forced: bool,
 ) -> Planned:
     def wait() -> None:
         note(f"{work.title}: another process builds it; waiting")
 
-    found = None if force else _usable(store, work)
+    found = None if is_forced else _usable(store, work)
     if found is None:
         with store.lock(work.key, wait):
-            found = None if force else _usable(store, work, note)
+            found = None if is_forced else _usable(store, work, note)
             if found is None:
                 record = _build(store, work, options, note=note, progress=progress)
                 note(f"{work.title}: {_summary(record)}")

@@ -13,7 +13,7 @@ from meancache_trt.cli import options, planning
 from meancache_trt.cli.output import note, print_json, print_table, transient_progress
 from meancache_trt.engine.tensorrt.library import FLAVOURS
 from meancache_trt.manifest import Exported
-from meancache_trt.measured import Measured, measure
+from meancache_trt.measured import Measured, describe, measure
 from meancache_trt.plan import Planned, PlanOptions, find_targets
 from meancache_trt.plan import plan as plan_bundles
 from meancache_trt.shapes import Range, Ranges
@@ -153,5 +153,5 @@ def _show_plans(plans: Sequence[Planned]) -> None:
 
 
 def _show_measured(record: Measured) -> None:
-    click.echo(f"{record.runtime} {record.version}: {record.evaluation_ms:.2f} ms an evaluation")
+    click.echo(describe(record))
     print_table(["graph", "load ms"], [[k, f"{ms:.1f}"] for k, ms in record.load_ms.items()])
