@@ -17,6 +17,7 @@ from meancache_trt.engine.tensorrt import timing
 from meancache_trt.engine.tensorrt.library import ErrorLog, Library, load_library
 from meancache_trt.engine.tensorrt.network import (
     NO_DRIVER,
+    allow_unfused_attention,
     check_profile,
     inputs_of,
     outputs_of,
@@ -48,14 +49,16 @@ class BuildJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Built(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """What became of a job: the file, and what its network definition says of it.
 
-    `fused_attention` is the number of distinct fused attention kernels, `peak_memory_bytes` the
-    largest resident size of the process so far.
+    `attention` is the number of Attention layers, `fused_attention` that of distinct fused kernels,
+    which several layers may share; `peak_memory_bytes` the largest resident size of the process so
+    far.
     """
 
     inputs: dict[str, PlanTensor]
     outputs: dict[str, PlanTensor]
     size_bytes: int
     sha256: str
+    attention: int
     fused_attention: int
     build_s: float
     peak_memory_bytes: int
@@ -85,6 +88,7 @@ def build(
     log = ErrorLog(library)
     builder = _builder(library, log)
     network = parse(library, builder, log, Path(job.graph))
+    attention = allow_unfused_attention(library, network)
     inputs = inputs_of(network)
     check_profile(inputs, key.profile)
     config = builder.create_builder_config()
@@ -105,6 +109,7 @@ def build(
         outputs=outputs_of(network),
         size_bytes=size,
         sha256=digest,
+        attention=attention,
         fused_attention=len(fused_attention_kernels(Path(job.plan))),
         build_s=time.perf_counter() - start,
         peak_memory_bytes=peak_memory_bytes(),

@@ -50,6 +50,22 @@ def _strongly_typed(library: Library) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
+def allow_unfused_attention(library: Library, network: Any) -> int:
+    """Let each Attention be built of single operations where no fused kernel fits it; how many.
+
+    Otherwise the whole graph is refused: a VAE's attention has one head of all its channels, for
+    which there is no kernel. Versions before 10.14 have no such layer and always do so.
+    """
+    trt = library.module
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    found = [layer for layer in layers if kind is not None and layer.type == kind]
+    for layer in found:
+        layer.__class__ = trt.IAttentionInputLayer  # the bindings give every layer as an ILayer
+        layer.attention.decomposable = True
+    return len(found)
+
+
 def inputs_of(network: Any) -> dict[str, PlanTensor]:
     """The network's inputs by name."""
     return _described(network.get_input(index) for index in range(network.num_inputs))

@@ -47,7 +47,7 @@ def main() -> None:
         "library": f"tensorrt_rtx {load_library('tensorrt_rtx').version}",
         "compute_capabilities": CAPABILITIES,
         "runs": {name: _counts(run) for name, run in runs.items()},
-        "plans": {path.stem: _rows(run) for path, run in zip(bundles, runs["first"]["bundles"])},
+        "plans": {Path(run["bundle"]).stem: _rows(run) for run in runs["first"]["bundles"]},
         "faults": faults,
     }
     target = Path("docs/proof/plans.json")

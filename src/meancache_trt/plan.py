@@ -332,7 +332,6 @@ def _have(
             found = None if is_forced else _usable(store, work, note)
             if found is None:
                 record = _build(store, work, options, note=note, progress=progress)
-                note(f"{work.title}: {_summary(record)}")
                 return Planned(record, is_reused=False)
     note(f"{work.title}: reused")
     return Planned(found, is_reused=True)
@@ -363,7 +362,9 @@ def _build(
         )
         with progress(work.title) as report:
             built = run_build(job, report=lambda share: report(int(100 * share), 100), say=note)
-        return store.add(_record(key, built), file)
+        record = store.add(_record(key, built), file)
+    note(f"{work.title}: {_summary(built)}")
+    return record
 
 
 def _timing_cache(key: PlanKey, options: PlanOptions) -> str | None:
@@ -387,7 +388,9 @@ def _record(key: PlanKey, built: Built) -> PlanRecord:
     )
 
 
-def _summary(record: PlanRecord) -> str:
-    fused = record.fused_attention
+def _summary(built: Built) -> str:
+    fused = built.fused_attention
     attention = f", {fused} fused attention kernel{'s' * (fused > 1)}" if fused else ""
-    return f"built in {record.build_s:.1f} s, {record.file.size_bytes / 1e6:.1f} MB{attention}"
+    if built.attention and not fused:
+        attention = ", attention not fused"
+    return f"built in {built.build_s:.1f} s, {built.size_bytes / 1e6:.1f} MB{attention}"
