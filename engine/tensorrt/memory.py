@@ -1,6 +1,6 @@
 """How much memory a build takes, said before it starts.
 
-Measured with TensorRT for RTX 1.7 on a FLUX.1 of 655 M parameters and its encoders and VAE
+Measured with TensorRT for RTX 1.7 on a FLUX.1 of 687 M parameters and its encoders and VAE
 (`scripts/prove plan-memory`): the weights are mapped once as they are stored, and are in memory
 twice as they are built, when the engine is being serialised. For weights stored as they are built
 that is 3.1 times their size, and the libraries.

@@ -159,7 +159,11 @@ def _at_hand(note: Note) -> list[Target]:
         return []
     capability = driver.gpus[0].compute_capability
     for flavour in installed_flavours():
-        library = load_library(flavour)
+        try:
+            library = load_library(flavour)
+        except RuntimeUnavailableError as error:  # a damaged package; the other one may do
+            note(str(error))
+            continue
         if not builds_ahead(library) or capability in known_capabilities(library):
             return [Target(library, capability)]
     note(

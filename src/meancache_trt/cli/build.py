@@ -121,7 +121,8 @@ def build(
     wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, stages.DEFAULT_BUDGETS)
     options.check_samples(samples, method, wanted)
     scale, scales = options.guidance_of(guidance_scale)
-    targets = find_targets(backend, planning, note=note)
+    found: list[str] = []
+    targets = find_targets(backend, planning, note=found.append)
     hush_libraries()
     checkpoint = stages.find_model(model)
     known = None if force else output
@@ -148,6 +149,8 @@ def build(
         parity_gib=parity_memory,
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
+    for text in found:
+        note(text)
     plan([bundle], targets, planning, note=note, progress=transient_progress, is_forced=force)
     recording = replace(recording, text_tokens=bundle.export.text_tokens)
     work = stages.calibration_directory(bundle, checkpoint, exporting)

@@ -79,8 +79,11 @@ def plan(
         "frames": frames,
         "text_tokens": text_tokens,
     }
-    targets = find_targets(backend, planning, note=note)
+    found: list[str] = []
+    targets = find_targets(backend, planning, note=found.append)
     opened = [Bundle.open(path) for path in bundles]
+    for text in found:  # an error is said alone
+        note(text)
     planned = plan_bundles(
         opened,
         targets,
