@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import psutil
@@ -233,37 +232,44 @@ def test_a_machine_without_a_gpu_is_said_and_told_how_to_plan() -> None:
     assert "--compute-capability 8.9" in note
 
 
+def plan_while(directory: Path, during: Callable[[], object]) -> PlanRecord:
+    """Plan a bundle of one graph for 8.9, and do something each time that progress is told."""
+
+    @contextlib.contextmanager
+    def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: void(done, total, during())
+
+    options = PlanOptions(compute_capabilities=("8.9",))
+    targets = find_targets("auto", options, note=void)
+    ((made,),) = plan([Bundle.open(directory)], targets, options, note=void, progress=progress)
+    return made.record
+
+
+def void(*_: object) -> None:
+    """Nothing."""
+
+
+def kill_workers() -> None:
+    for child in psutil.Process().children():
+        child.kill()
+
+
 def test_a_killed_build_leaves_the_bundle_as_it_was(tmp_path: Path) -> None:
     directory = make_bundle(tmp_path / "own.mcb", 64).directory
     before = (directory / MANIFEST).read_bytes()
-
-    @contextlib.contextmanager
-    def killing(title: str) -> Iterator[Callable[[int, int], None]]:
-        def kill(done: int, total: int) -> None:
-            for child in psutil.Process().children():
-                child.kill()
-
-        yield kill
-
-    @contextlib.contextmanager
-    def watching(title: str) -> Iterator[Callable[[int, int], None]]:
-        yield lambda _, __: None
-
-    options = PlanOptions(compute_capabilities=("8.9",))
-    targets = find_targets("auto", options, note=lambda _: None)
-
-    def planned_with(progress: Any) -> PlanRecord:
-        ((made,),) = plan(
-            [Bundle.open(directory)], targets, options, note=lambda _: None, progress=progress
-        )
-        return made.record
-
     with pytest.raises(PlanError, match="was killed"):
-        planned_with(killing)
+        plan_while(directory, kill_workers)
     assert (directory / MANIFEST).read_bytes() == before
     assert files_in(directory) == set()
-    record = planned_with(watching)
+    record = plan_while(directory, void)
     assert PlanStore(Bundle.open(directory)).checked_path(record)
+
+
+def test_a_plan_of_a_graph_that_changed_meanwhile_is_not_kept(tmp_path: Path) -> None:
+    directory = make_bundle(tmp_path / "own.mcb", 16).directory
+    with pytest.raises(PlanError, match=r"update/h16 in .* changed while .* plan again"):
+        plan_while(directory, lambda: change_graph(directory, "update/h16"))
+    assert files_in(directory) == set()
 
 
 def files_in(directory: Path) -> set[str]:

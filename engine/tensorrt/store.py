@@ -19,7 +19,7 @@ from meancache_trt.engine.tensorrt.target import has_bfloat16
 from meancache_trt.errors import BundleError, InputError, PlanMismatchError
 from meancache_trt.manifest import Component
 from meancache_trt.meancache.files import decode_json, encode_json
-from meancache_trt.meancache.hashing import digest_of, sha256_of, verified_sha256
+from meancache_trt.meancache.hashing import digest_of, remember_sha256, sha256_of, verified_sha256
 
 KIND = "plans"
 
@@ -123,6 +123,7 @@ class PlanStore:
         except InputError:
             target.unlink(missing_ok=True)
             raise
+        remember_sha256(target, file.sha256)
         if before is not None and before.file.path != path:
             (self.bundle.directory / before.file.path).unlink(missing_ok=True)
         return placed

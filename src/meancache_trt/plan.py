@@ -41,7 +41,12 @@ from meancache_trt.engine.tensorrt.target import (
     precisions_for,
 )
 from meancache_trt.engine.tensorrt.timing import default_path, uses_timing_cache
-from meancache_trt.errors import InputError, PlanMismatchError, RuntimeUnavailableError
+from meancache_trt.errors import (
+    InputError,
+    PlanError,
+    PlanMismatchError,
+    RuntimeUnavailableError,
+)
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.profiles import profile
@@ -366,9 +371,21 @@ def _build(
         )
         with progress(work.title) as report:
             built = run_build(job, report=lambda share: report(int(100 * share), 100), say=note)
+        _check_unchanged(store.bundle, key)
         record = store.add(_record(key, built), file)
     note(f"{work.title}: {_summary(built)}")
     return record
+
+
+def _check_unchanged(bundle: Bundle, key: PlanKey) -> None:
+    """Raise `PlanError` where another export took the bundle's place during a build."""
+    bundle.refresh()
+    component = bundle.export.components.get(key.component)
+    if component is None or graph_digest(bundle, component) != key.graph:
+        raise PlanError(
+            f"the graph of {key.component} in {bundle.directory} changed while its plan was built; "
+            "plan again"
+        )
 
 
 def _timing_cache(key: PlanKey, options: PlanOptions) -> str | None:

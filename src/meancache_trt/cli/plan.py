@@ -62,15 +62,15 @@ def plan(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Build TensorRT plans of all graphs of one or several bundles, or measure one evaluation.
+    """Build TensorRT plans of all graphs of bundles, and measure an evaluation that runs here.
 
     \b
     For the GPU at hand:      plan flux.mcb
     For others, without one:  plan flux.mcb --compute-capability 8.9,12.0
 
     Plans are kept in the bundle. One whose graph, precision, sizes, library, GPU and options are
-    those of a plan that is there is not built again. An evaluation is measured where the plans can
-    run, or on ONNX Runtime.
+    those of a plan that is there is not built again. Without a GPU and without
+    --compute-capability, an evaluation is measured on ONNX Runtime.
     """
     given = {
         "batch": batch,
