@@ -26,7 +26,8 @@ from meancache_trt.engine.tensorrt.store import PlanStore
 from meancache_trt.errors import PlanError
 from meancache_trt.manifest import Component
 from meancache_trt.meancache.files import write_json
-from meancache_trt.plan import PlanOptions, find_targets, plan
+from meancache_trt.plan import plan
+from meancache_trt.plan_targets import PlanOptions, find_targets
 from tests.engine.tensorrt.jobs import SLOW_HISTORY, make_bundle
 from tests.test_cli import Run, run
 
@@ -93,6 +94,26 @@ def test_another_graph_builds_what_changed_and_nothing_else(run: Run, directory:
     assert planned(run, directory, *AHEAD) == {"update/h1 8.9": True, "update/h2 8.9": False}
     listed = json.loads(run("inspect", directory, "--json")[1])["plans"]
     assert [plan["is_current"] for plan in listed].count(False) == 1
+
+
+def test_plans_of_other_graphs_and_versions_stay_until_they_are_pruned(
+    run: Run, directory: Path
+) -> None:
+    planned(run, directory, *AHEAD)
+    change_graph(directory, "update/h2")
+    store = PlanStore(Bundle.open(directory))
+    (current,) = (r for r in store.records() if r.key.component == "update/h1")
+    older = msgspec.structs.replace(current.key, version="1.0")
+    with store.lock(older), store.building(older) as file:
+        file.write_bytes(store.checked_path(current).read_bytes())
+        store.add(msgspec.structs.replace(current, key=older), file)
+    assert "2 of the plans in" in run("plan", directory, *AHEAD)[2]
+    assert len(PlanStore(Bundle.open(directory)).records()) == 4
+    assert "removed" in run("plan", directory, *AHEAD, "--prune")[2]
+    left = PlanStore(Bundle.open(directory)).records()
+    assert {record.key.component for record in left} == {"update/h1", "update/h2"}
+    assert len(files_in(directory)) == 2 * len(left) == 4
+    assert "plans in" not in run("plan", directory, *AHEAD)[2]
 
 
 def test_ranges_become_profiles_and_what_they_leave_out_is_noted(run: Run, directory: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -127,6 +127,26 @@ class PlanStore:
         if before is not None and before.file.path != path:
             (self.bundle.directory / before.file.path).unlink(missing_ok=True)
         return placed
+
+    def outdated(self, versions: Mapping[str, str]) -> list[PlanRecord]:
+        """Plans of graphs that the bundle no longer has, or of another version of a flavour.
+
+        `versions` has those that are installed; of other flavours every version is kept.
+        """
+        components = self.bundle.export.components
+        graphs = {name: graph_digest(self.bundle, part) for name, part in components.items()}
+        return [
+            record
+            for record in self.records()
+            if graphs.get(record.key.component) != record.key.graph
+            or versions.get(record.key.flavour, record.key.version) != record.key.version
+        ]
+
+    def remove(self, records: Sequence[PlanRecord]) -> None:
+        """Remove plans; the manifest forgets them before their files go."""
+        self.bundle.remove_files([f"{KIND}/{_stem(record.key)}" for record in records])
+        for record in records:
+            (self.bundle.directory / record.file.path).unlink(missing_ok=True)
 
     def clean(self) -> list[Path]:
         """Remove files of builds that ended midway, and return them; those in progress stay."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -174,6 +174,16 @@ class Bundle:
             if before is not None and before.path != addition.path:
                 (self.directory / before.path).unlink(missing_ok=True)
         return target
+
+    def remove_files(self, names: Collection[str]) -> None:
+        """Remove additions by name; those that are not there are left out."""
+        with self._locked(MANIFEST):
+            manifest = _read_manifest(self.directory)
+            additions = dict(manifest.additions)
+            gone = [additions.pop(name) for name in names if name in additions]
+            self._switch(msgspec.structs.replace(manifest, additions=additions))
+            for addition in gone:
+                (self.directory / addition.path).unlink(missing_ok=True)
 
     def extend(
         self, resolutions: Sequence[Resolution] = (), batch: Range | None = None

@@ -7,21 +7,12 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import msgspec
 
 from meancache_trt.bundle import Bundle
-from meancache_trt.engine.probe import find_gpu, probe
 from meancache_trt.engine.tensorrt.builder import BuildJob, Built
-from meancache_trt.engine.tensorrt.library import (
-    FLAVOURS,
-    Flavour,
-    Library,
-    installed_flavours,
-    load_library,
-)
 from meancache_trt.engine.tensorrt.memory import check_memory, predicted_plan_bytes
 from meancache_trt.engine.tensorrt.process import run_build
 from meancache_trt.engine.tensorrt.record import (
@@ -33,10 +24,7 @@ from meancache_trt.engine.tensorrt.record import (
 )
 from meancache_trt.engine.tensorrt.store import PlanStore, graph_digest
 from meancache_trt.engine.tensorrt.target import (
-    builds_ahead,
-    check_capabilities,
     has_bfloat16,
-    known_capabilities,
     parse_capability,
     precisions_for,
 )
@@ -45,7 +33,6 @@ from meancache_trt.errors import (
     InputError,
     PlanError,
     PlanMismatchError,
-    RuntimeUnavailableError,
 )
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.job import PIPELINE_FOLDER
@@ -53,6 +40,7 @@ from meancache_trt.export.profiles import profile
 from meancache_trt.export.registry import FAMILIES
 from meancache_trt.export.safetensors_file import read_tensors
 from meancache_trt.manifest import Component, Exported
+from meancache_trt.plan_targets import PlanOptions, Target
 from meancache_trt.record import Note, Report
 from meancache_trt.shapes import Range, Ranges
 
@@ -60,29 +48,6 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Progress = Callable[[str], AbstractContextManager[Report]]
 """Begins a progress bar under a title."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """What is asked of the builder.
-
-    `compute_capabilities` are GPUs that need not be here; empty means the one that is.
-    `timing_cache` None means a file in the user's cache directory. `is_memory_checked` is off where
-    a user goes on although memory is short.
-    """
-
-    compute_capabilities: tuple[str, ...] = ()
-    build: BuildOptions = field(default_factory=BuildOptions)
-    timing_cache: Path | None = None
-    is_memory_checked: bool = True
-
-
-@dataclass(frozen=True)
-class Target:
-    """A library, and the compute capability that it builds for."""
-
-    library: Library
-    capability: str
 
 
 @dataclass(frozen=True)
@@ -107,75 +72,6 @@ class _Work:
     @property
     def title(self) -> str:
         return f"{self.key.component} for {self.key.compute_capability}"
-
-
-def find_targets(backend: str, options: PlanOptions, *, note: Note) -> list[Target]:
-    """What to plan for; empty where ONNX Runtime, which needs no plans, is all there is.
-
-    `backend` "auto" means TensorRT for RTX for compute capabilities, and without these what suits
-    the GPU at hand.
-
-    Raises:
-        InputError, PlanError: for compute capabilities that cannot be planned for.
-        RuntimeUnavailableError: where a flavour is asked for that is not installed, or a GPU is
-            needed and there is none.
-    """
-    capabilities = options.compute_capabilities
-    if backend not in ("auto", *FLAVOURS):
-        if options != PlanOptions(is_memory_checked=options.is_memory_checked):
-            raise InputError(
-                f"{backend} takes no plans; leave their options out, or give --backend tensorrt_rtx"
-            )
-        return []
-    if capabilities:
-        library = load_library(_flavour(backend) or "tensorrt_rtx")
-        check_capabilities(library, capabilities)
-        return [Target(library, capability) for capability in dict.fromkeys(capabilities)]
-    flavour = _flavour(backend)
-    return _at_hand(note) if flavour is None else [_for_gpu(load_library(flavour))]
-
-
-def _flavour(backend: str) -> Flavour | None:
-    return next((flavour for flavour in FLAVOURS if flavour == backend), None)
-
-
-def _for_gpu(library: Library) -> Target:
-    try:
-        gpu = find_gpu()
-    except RuntimeUnavailableError as error:
-        if not builds_ahead(library):
-            raise
-        raise RuntimeUnavailableError(
-            f"{error}; or give --compute-capability, such as 8.9, to plan for a GPU elsewhere"
-        ) from error
-    if builds_ahead(library):
-        check_capabilities(library, [gpu.compute_capability])
-    return Target(library, gpu.compute_capability)
-
-
-def _at_hand(note: Note) -> list[Target]:
-    """What "auto" plans for: the GPU that is here, if a TensorRT that builds for it is too."""
-    driver = probe()
-    if not driver.gpus:
-        note(
-            f"no TensorRT plans, since {driver.problem}; `--compute-capability 8.9` builds them "
-            "for a GPU elsewhere"
-        )
-        return []
-    capability = driver.gpus[0].compute_capability
-    for flavour in installed_flavours():
-        try:
-            library = load_library(flavour)
-        except RuntimeUnavailableError as error:  # a damaged package; the other one may do
-            note(str(error))
-            continue
-        if not builds_ahead(library) or capability in known_capabilities(library):
-            return [Target(library, capability)]
-    note(
-        f"no TensorRT plans: nothing that is installed builds for compute capability {capability}; "
-        "see `meancache-trt doctor`"
-    )
-    return []
 
 
 def plan(
@@ -236,6 +132,25 @@ def _note_of(bundle: Bundle, bundles: Sequence[Bundle], note: Note) -> Note:
     if len(bundles) == 1:
         return note
     return lambda text: note(f"{bundle.directory.name}: {text}")
+
+
+def prune(bundle: Bundle, targets: Sequence[Target], *, note: Note, is_removed: bool) -> None:
+    """Note the plans that a bundle keeps of other graphs and library versions, or remove them.
+
+    Raises `InputError` where the bundle cannot be written.
+    """
+    store = PlanStore(bundle)
+    versions = {str(target.library.flavour): target.library.version for target in targets}
+    outdated = store.outdated(versions)
+    if not outdated:
+        return
+    size = sum(record.file.size_bytes for record in outdated) / 1e6
+    what = f"{len(outdated)} of the plans in {bundle.directory}, {size:.1f} MB, are"
+    if is_removed:
+        store.remove(outdated)
+        note(f"{what} of other graphs or versions: removed")
+    else:
+        note(f"{what} of other graphs or versions; --prune removes them")
 
 
 def _works(

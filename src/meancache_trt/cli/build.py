@@ -19,7 +19,8 @@ from meancache_trt.cli.output import hush_libraries, note, print_json, progress,
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.measured import measure
-from meancache_trt.plan import PlanOptions, find_targets, plan
+from meancache_trt.plan import plan
+from meancache_trt.plan_targets import PlanOptions, find_targets
 from meancache_trt.record import RecordOptions
 from meancache_trt.shapes import PictureSize, Range
 

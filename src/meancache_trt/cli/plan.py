@@ -14,8 +14,9 @@ from meancache_trt.cli.output import note, print_json, print_table, transient_pr
 from meancache_trt.engine.tensorrt.library import FLAVOURS
 from meancache_trt.manifest import Exported
 from meancache_trt.measured import Measured, describe, measure
-from meancache_trt.plan import Planned, PlanOptions, find_targets
+from meancache_trt.plan import Planned, prune
 from meancache_trt.plan import plan as plan_bundles
+from meancache_trt.plan_targets import PlanOptions, find_targets
 from meancache_trt.shapes import Range, Ranges
 
 _BACKENDS = ("auto", "onnxruntime", *FLAVOURS)
@@ -46,6 +47,12 @@ def _range(name: str, what: str) -> Callable[[planning.Command], planning.Comman
 @_range("frames", "Frames of a video")
 @_range("text-tokens", "Text length")
 @planning.options
+@click.option(
+    "--prune",
+    "is_pruned",
+    is_flag=True,
+    help="Remove plans of graphs that the bundle no longer has, and of other library versions.",
+)
 @options.threads
 @options.force
 @options.as_json
@@ -58,6 +65,7 @@ def plan(
     frames: Range | None,
     text_tokens: Range | None,
     planning: PlanOptions,
+    is_pruned: bool,
     threads: int,
     force: bool,
     as_json: bool,
@@ -93,6 +101,8 @@ def plan(
         progress=transient_progress,
         is_forced=force,
     )
+    for bundle in opened:
+        prune(bundle, targets, note=note, is_removed=is_pruned)
     measured = [
         # Plans of other GPUs need not run here.
         None if planning.compute_capabilities else measure(bundle, backend=backend, threads=threads)

@@ -17,7 +17,7 @@ from meancache_trt.engine.tensorrt.record import (
 )
 from meancache_trt.engine.tensorrt.target import parse_capability
 from meancache_trt.errors import InputError
-from meancache_trt.plan import PlanOptions
+from meancache_trt.plan_targets import PlanOptions
 
 Command = Callable[..., None]
 
