@@ -107,24 +107,30 @@ class PlanStore:
 
         `plan` is from `building` and synced, the key's lock is held, and `record.file` says the
         plan's size and digest. The plan is there under its final name before the manifest says so,
-        and one that it replaces goes afterwards.
+        and one that it replaces goes afterwards. Raises `InputError` where the bundle cannot be
+        written.
         """
         before = self.find(record.key)
         stem = _stem(record.key)
         path = f"{KIND}/{stem}.{record.file.sha256[:8]}.plan"
         file = PlanFile(path, record.file.size_bytes, record.file.sha256)
         target = self.bundle.directory / path
-        plan.chmod(0o644)
-        plan.replace(target)
+        try:
+            plan.chmod(0o644)
+            plan.replace(target)
+        except OSError as error:
+            raise self._unwritable(error) from error
         _sync_folder(self._folder)
         placed = msgspec.structs.replace(record, file=file)
+        is_other = before is None or before.file.path != path
         try:
             self.bundle.add_file(f"{KIND}/{stem}", encode_json(placed))
         except InputError:
-            target.unlink(missing_ok=True)
+            if is_other:
+                target.unlink(missing_ok=True)
             raise
         remember_sha256(target, file.sha256)
-        if before is not None and before.file.path != path:
+        if before is not None and is_other:
             (self.bundle.directory / before.file.path).unlink(missing_ok=True)
         return placed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,9 +40,9 @@ def store(tmp_path: Path) -> PlanStore:
     return PlanStore(make_bundle(tmp_path / "small.mcb", 1, 2))
 
 
-def add(store: PlanStore, key: PlanKey = KEY, content: bytes = b"a plan") -> PlanRecord:
-    """Add a plan as a build would."""
-    record = PlanRecord(
+def unplaced(key: PlanKey = KEY, content: bytes = b"a plan") -> PlanRecord:
+    """The record of a plan that is in no bundle yet."""
+    return PlanRecord(
         key=key,
         inputs={"latent": PlanTensor("float32", (-1, -1, 32))},
         outputs={},
@@ -51,9 +52,13 @@ def add(store: PlanStore, key: PlanKey = KEY, content: bytes = b"a plan") -> Pla
         peak_memory_bytes=1,
         built_at="2026-01-01T00:00:00.000000+00:00",
     )
+
+
+def add(store: PlanStore, key: PlanKey = KEY, content: bytes = b"a plan") -> PlanRecord:
+    """Add a plan as a build would."""
     with store.lock(key), store.building(key) as file:
         file.write_bytes(content)
-        return store.add(record, file)
+        return store.add(unplaced(key, content), file)
 
 
 def options(**changes: object) -> Callable[[PlanKey], PlanKey]:
@@ -139,6 +144,19 @@ def test_an_altered_plan_is_refused_and_the_bundle_still_opens(
     opened = PlanStore(Bundle.open(store.bundle.directory, is_full_check=True))
     with pytest.raises(PlanMismatchError, match="meancache-trt plan"):
         opened.checked_path(opened.records()[0])
+
+
+def test_a_bundle_whose_folder_goes_meanwhile_is_said(store: PlanStore) -> None:
+    with store.lock(KEY), store.building(KEY) as file:
+        shutil.rmtree(file.parent)
+        with pytest.raises(InputError, match="cannot add plans to"):
+            store.add(unplaced(), file)
+
+
+def test_the_same_bytes_again_stay_where_they_are(store: PlanStore) -> None:
+    first = add(store)
+    assert add(store) == first
+    assert store.checked_path(first).read_bytes() == b"a plan"
 
 
 def test_what_a_killed_build_left_behind_is_cleaned_up(store: PlanStore) -> None:
