@@ -308,8 +308,13 @@ def wait_until(is_done: Callable[[], bool]) -> None:
 @contextlib.contextmanager
 def slow_command(directory: Path) -> Iterator[subprocess.Popen[str]]:
     """`plan` in a session of its own, in the middle of a long build after a short one."""
+    # Whoever starts the tests in the background may have had interrupts ignored.
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from meancache_trt.cli import main; main(sys.argv[1:])"
+    )
     process = subprocess.Popen(
-        [*COMMAND, str(directory), *AHEAD],
+        [sys.executable, "-c", script, "plan", str(directory), *AHEAD],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
