@@ -287,11 +287,13 @@ def test_an_output_path_that_is_a_file_is_refused(run, shared_bundle, tmp_path):
 def test_plan_records_what_it_measured(run, bundle):
     status, out, _ = run("plan", bundle, "--threads", 1, "--json")
     assert status == 0
-    record = json.loads(out)
+    (planned,) = json.loads(out)["bundles"]
+    record = planned["measured"]
     assert record["runtime"] == "onnxruntime-cpu"
     assert record["evaluation_ms"] > 0
     listed = json.loads(run("inspect", bundle, "--json")[1])
-    assert listed["plans"] == ["onnxruntime-cpu"]
+    assert listed["measured"] == [record]
+    assert planned["plans"] == listed["plans"] == []
 
 
 def test_inspect_tells_what_a_bundle_holds(run, shared_bundle):

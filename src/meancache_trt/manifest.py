@@ -282,6 +282,14 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parts = [file for component in self.components.values() for file in component.weights]
         return list(dict.fromkeys([*parts, *self.encoder_weights]))
 
+    def parts(self) -> list[str]:
+        """What there are graphs of, each once whatever its precisions."""
+        names = [
+            name.removesuffix(f"/{component.precision}")
+            for name, component in self.components.items()
+        ]
+        return list(dict.fromkeys(names))
+
     def component_in(self, part: str, precisions: Sequence[str]) -> tuple[str, Component]:
         """A part's graph, and its name, in the first of `precisions` that there is.
 

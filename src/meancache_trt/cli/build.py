@@ -1,4 +1,4 @@
-"""`build`, and two of its stages as commands of their own: `export`, `plan`."""
+"""`build`, and one of its stages as a command of its own: `export`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.calibration.baking import BakeOptions
 from meancache_trt.calibration.target import Goal
-from meancache_trt.cli import options
+from meancache_trt.cli import options, planning
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
-from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
+from meancache_trt.cli.output import hush_libraries, note, print_json, progress, transient_progress
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.plan import plan as plan_bundle
+from meancache_trt.measured import measure
+from meancache_trt.plan import plan
+from meancache_trt.plan_targets import PlanOptions, find_targets
 from meancache_trt.record import RecordOptions
 from meancache_trt.shapes import PictureSize, Range
 
@@ -76,6 +78,7 @@ _output = click.option(
 @_parity_memory
 @options.backend
 @options.threads
+@planning.options
 @options.force
 @options.as_json
 def build(
@@ -102,6 +105,7 @@ def build(
     parity_memory: float | None,
     backend: str,
     threads: int,
+    planning: PlanOptions,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -118,6 +122,8 @@ def build(
     wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, stages.DEFAULT_BUDGETS)
     options.check_samples(samples, method, wanted)
     scale, scales = options.guidance_of(guidance_scale)
+    found: list[str] = []
+    targets = find_targets(backend, planning, note=found.append)
     hush_libraries()
     checkpoint = stages.find_model(model)
     known = None if force else output
@@ -144,6 +150,9 @@ def build(
         parity_gib=parity_memory,
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
+    for text in found:
+        note(text)
+    plan([bundle], targets, planning, note=note, progress=transient_progress, is_forced=force)
     recording = replace(recording, text_tokens=bundle.export.text_tokens)
     work = stages.calibration_directory(bundle, checkpoint, exporting)
     with progress("calibrate") as report:
@@ -159,7 +168,7 @@ def build(
         threads=threads,
         note=note,
     )
-    plan_bundle(bundle, backend=backend, threads=threads)
+    measure(bundle, backend=backend, threads=threads)
     report_schedules(bundle, as_json=as_json)
 
 
@@ -215,21 +224,6 @@ def export(
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
     inspect_bundle(bundle, as_json=as_json)
-
-
-@click.command()
-@options.bundle
-@options.backend
-@options.threads
-@options.as_json
-def plan(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
-    """Prepare a bundle's graphs for a backend and measure one evaluation."""
-    record = plan_bundle(Bundle.open(bundle), backend=backend, threads=threads)
-    if as_json:
-        print_json(record)
-        return
-    click.echo(f"{record.runtime} {record.version}: {record.evaluation_ms:.2f} ms an evaluation")
-    print_table(["graph", "load ms"], [[k, f"{ms:.1f}"] for k, ms in record.load_ms.items()])
 
 
 def report_schedules(bundle: Bundle, *, as_json: bool) -> None:

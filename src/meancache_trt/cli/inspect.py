@@ -16,8 +16,11 @@ import msgspec
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.cli import options
 from meancache_trt.cli.output import decibels, print_json, print_table, show_schedule
+from meancache_trt.cli.plan_table import ListedPlan, list_plans, plan_facts, print_plans
 from meancache_trt.engine.select import available_backends
+from meancache_trt.errors import PlanMismatchError
 from meancache_trt.meancache.schedule import Schedule, load_schedule
+from meancache_trt.measured import describe, measured_in
 from meancache_trt.selection import calibrated_size
 from meancache_trt.shapes import Ranges
 
@@ -38,7 +41,7 @@ _PACKAGES = (
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Hash all weights again.")
+@click.option("--verify", is_flag=True, help="Hash all weights and plans again.")
 @options.as_json
 def inspect(path: Path, verify: bool, as_json: bool) -> None:
     """Show what a bundle or a schedule file holds."""
@@ -46,7 +49,12 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
         _inspect_schedule(load_schedule(path), as_json=as_json)
         return
     directory = path.parent if path.name == MANIFEST else path
-    inspect_bundle(Bundle.open(directory, is_full_check=verify), as_json=as_json)
+    bundle = Bundle.open(directory, is_full_check=verify)
+    plans = list_plans(bundle, is_full_check=verify)
+    inspect_bundle(bundle, plans, as_json=as_json)
+    unusable = [plan.problem for plan in plans if plan.problem is not None]
+    if verify and unusable:  # said last: everything else renders without it
+        raise PlanMismatchError("; ".join(unusable))
 
 
 @click.command()
@@ -86,18 +94,19 @@ def _inspect_schedule(schedule: Schedule, *, as_json: bool) -> None:
     show_schedule(schedule)
 
 
-def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
-    """Print what a bundle holds."""
+def inspect_bundle(bundle: Bundle, plans: Sequence[ListedPlan] = (), *, as_json: bool) -> None:
+    """Print what a bundle holds, and of its plans those that are given."""
     export = bundle.export
     schedules = [bundle.schedule(name) for name in bundle.schedule_names()]
-    plans = bundle.names("plans")
+    measured = measured_in(bundle)
     if as_json:
         facts = {
             "bundle_id": bundle.manifest.bundle_id,
             **msgspec.to_builtins(export),
             "ranges": export.ranges,
             "schedules": [schedule_facts(schedule) for schedule in schedules],
-            "plans": plans,
+            "plans": [plan_facts(plan) for plan in plans],
+            "measured": measured,
             "tools": bundle.manifest.tools,
         }
         print_json(facts)
@@ -136,8 +145,12 @@ def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
     )
     click.echo()
     print_schedules(schedules)
-    for path in plans:
-        click.echo(f"plan {path}")
+    if plans:
+        click.echo()
+        print_plans(plans)
+    for record in measured:
+        click.echo()
+        click.echo(f"measured    {describe(record)}")
 
 
 def _ranges(ranges: Ranges) -> str:

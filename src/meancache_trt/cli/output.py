@@ -11,7 +11,15 @@ from typing import Any
 import click
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from meancache_trt.meancache.schedule import Schedule
@@ -77,12 +85,32 @@ def progress(what: str) -> Iterator[Report]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _plain(what: str) -> Report:
+@contextlib.contextmanager
+def transient_progress(what: str) -> Iterator[Report]:
+    """The share of one of many works: a bar that leaves the terminal with it, or a line now and
+    then. Whoever does the work says that it is done.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain(what, is_end_said=False)
+        return
+    columns: Any = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain(what: str, *, is_end_said: bool = True) -> Report:
     last = time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal last
-        if done == total or time.monotonic() - last >= _PLAIN_LINE_S:
+        if (done == total and is_end_said) or time.monotonic() - last >= _PLAIN_LINE_S:
             last = time.monotonic()
             note(f"{what}: {done}/{total}")
 
