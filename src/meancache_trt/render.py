@@ -27,8 +27,8 @@ from meancache_trt.meancache.files import atomic_write, encode_json
 from meancache_trt.meancache.hashing import digest_of
 from meancache_trt.meancache.noise import philox_normal, torch_normal
 from meancache_trt.meancache.schedule import Schedule
-from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
-from meancache_trt.selection import check_grid, find_resolution, find_schedule
+from meancache_trt.meancache.sigmas import SigmaGrid
+from meancache_trt.selection import check_grid, find_resolution, find_schedule, pipeline_grid
 from meancache_trt.session import Graphs, Session
 
 if TYPE_CHECKING:
@@ -157,16 +157,7 @@ class Pipeline:
     def grid(self, steps: int, resolution: Resolution | None = None) -> SigmaGrid:
         """The grid that the checkpoint's own pipeline would use with this many steps."""
         export = self.bundle.export
-        size = resolution or export.resolution
-        return grid_from_config(
-            export.scheduler,
-            steps,
-            convention=export.grid,
-            image_tokens=size.symbols["image_tokens"],
-            height=size.height,
-            width=size.width,
-            frames=size.frames,
-        )
+        return pipeline_grid(export, steps, resolution or export.resolution)
 
     def resolution(
         self, height: int | None = None, width: int | None = None, frames: int | None = None
