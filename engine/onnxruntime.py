@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from meancache_trt.engine.binding import check_binding
 from meancache_trt.engine.mapped_weights import has_linked_weights, mapped_weights
 from meancache_trt.errors import BundleError, RenderError, RuntimeUnavailableError
 from meancache_trt.meancache.runtime import Call, Tensor, TensorSpec
@@ -93,16 +94,9 @@ class OnnxRuntimeGraph:
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Call:
         """Fix the memory of all inputs and outputs. Raises `RenderError` for a wrong fit."""
-        expected = {**self.inputs, **self.outputs}
-        if tensors.keys() != expected.keys():
-            missing = sorted(expected.keys() - tensors.keys()) or "nothing"
-            unknown = sorted(tensors.keys() - expected.keys()) or "nothing"
-            raise RenderError(
-                f"a graph binds each of its tensors once: missing {missing}, unknown {unknown}"
-            )
+        check_binding({**self.inputs, **self.outputs}, tensors)
         binding = self._session.io_binding()
         for name, tensor in tensors.items():
-            _check(expected[name], tensor)
             bind = binding.bind_input if name in self.inputs else binding.bind_output
             bind(name, "cpu", 0, np.dtype(tensor.dtype), tensor.shape, _address(tensor))
         return _Bound(self._session, binding, dict(tensors))
@@ -222,15 +216,3 @@ def _address(tensor: Tensor) -> int:
             f"ONNX Runtime on the CPU binds its own tensors, found {type(tensor).__name__}"
         )
     return int(tensor.array.ctypes.data)
-
-
-def _check(spec: TensorSpec, tensor: Tensor) -> None:
-    fits = len(spec.shape) == len(tensor.shape) and all(
-        isinstance(expected, str) or expected is None or expected == found
-        for expected, found in zip(spec.shape, tensor.shape, strict=True)
-    )
-    if not fits or spec.dtype != tensor.dtype:
-        raise RenderError(
-            f"tensor {spec.name!r} is {spec.dtype} of shape {spec.shape}, found {tensor.dtype} of "
-            f"shape {tensor.shape}; the bundle was built for other sizes"
-        )
