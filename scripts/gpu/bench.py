@@ -28,7 +28,7 @@ from meancache_trt.errors import MeanCacheError
 from meancache_trt.meancache.loop import OnEvaluation
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.runtime import Runtime
-from meancache_trt.meancache.schedule import Schedule, bake
+from meancache_trt.meancache.schedule import bake
 from meancache_trt.render import Pipeline, load
 from meancache_trt.session import Batch, Graphs, Session
 from meancache_trt.shapes import Range
@@ -52,6 +52,7 @@ class Settings:
     rounds: int
     cycles: int
     limit_s: float
+    blocks: tuple[int, int] | None = None
 
 
 class Bench:
@@ -77,7 +78,7 @@ class Bench:
             try:
                 made = call()
                 found = [made] if isinstance(made, Check) else list(made)
-            except Exception as error:  # noqa: BLE001  (one check must not end the others)
+            except Exception as error:
                 found = [record.failed(name, f"{type(error).__name__}: {error}")]
         return [msgspec.structs.replace(one, backend=backend, subject=subject) for one in found]
 
@@ -110,7 +111,7 @@ class Bench:
             load(bundle.directory, backend=backend, embedding_cache="off") as tested,
             load(bundle.directory, backend=REFERENCE, embedding_cache="off") as reference,
         ):
-            yield Pair(tested, reference, subject, is_short=self.settings.is_rehearsal)
+            yield Pair(backend, subject, tested, reference, is_short=self.settings.is_rehearsal)
 
     def over_pairs(
         self, what: str, look: Callable[[Pair, str], Iterator[Check]]
@@ -119,7 +120,7 @@ class Bench:
         for backend in self.settings.backends:
             for subject in self.settings.subjects:
                 if self.is_late:
-                    yield from self.attempt(what, lambda: [], backend, subject)
+                    yield from self.attempt(what, list, backend, subject)
                     continue
                 try:
                     with self.pair(backend, subject) as pair:
@@ -142,9 +143,16 @@ class Pair:
     """A pipeline under test beside the reference, with the same requests for both."""
 
     def __init__(
-        self, tested: Pipeline, reference: Pipeline, subject: str, *, is_short: bool
+        self,
+        backend: str,
+        subject: str,
+        tested: Pipeline,
+        reference: Pipeline,
+        *,
+        is_short: bool,
     ) -> None:
-        self.tested, self.reference, self.subject = tested, reference, subject
+        self.backend, self.subject = backend, subject
+        self.tested, self.reference = tested, reference
         steps, nodes, spans = (8, _FEW_NODES, _FEW_SPANS) if is_short else (50, _NODES, _SPANS)
         self.schedule = bake("official", reference.grid(steps), nodes, spans)
         self.scale = reference.guidance()
@@ -156,8 +164,8 @@ class Pair:
 
     @cached_property
     def requests(self) -> tuple[Request, ...]:
-        """Prompts of the stand-in's test split, encoded by the reference."""
-        prompts = standins.prompts("test", self.subject)[:SAMPLES]
+        """Prompts of the stand-in's held-out split, encoded by the reference."""
+        prompts = standins.prompts("heldout", self.subject)[:SAMPLES]
         positive = self.reference.encode(prompts)
         is_guided = self.reference.bundle.export.guidance.is_classifier_free
         negative = self.reference.encode([""]) if is_guided else None
@@ -177,9 +185,7 @@ class Pair:
         """What the pipeline under test makes of the first request."""
         return self.render(self.session(), self.requests[:1])
 
-    def session(
-        self, *, batch: int = 1, runtime: Runtime | Watched | None = None
-    ) -> Session:
+    def session(self, *, batch: int = 1, runtime: Runtime | Watched | None = None) -> Session:
         """A new session under test, on a runtime of the same kind."""
         graphs = self.tested.graphs
         if runtime is not None:

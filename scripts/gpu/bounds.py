@@ -61,7 +61,7 @@ LEAK = Bound(
 
 
 def largest_difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """max |a - b|; NaN where either holds one."""
+    """Max |a - b|; NaN where either holds one."""
     return float(np.abs(a.astype(np.float64) - b).max())
 
 

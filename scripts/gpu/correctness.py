@@ -45,9 +45,7 @@ def pictures_equal_the_reference(pair: Pair) -> Check:
     """Decoded pictures against the CPU's."""
     bound = bounds.PSNR[pair.precision]
     found = psnr(pair.found.pictures, pair.expected.pictures)
-    return judged(
-        "pictures", found, bound.value, unit="dB", is_lower=True, reason=bound.reason
-    )
+    return judged("pictures", found, bound.value, unit="dB", is_lower=True, reason=bound.reason)
 
 
 def a_captured_graph_equals_plain_calls(pair: Pair) -> Check:
@@ -158,7 +156,7 @@ def text_encoders_equal_the_reference(pair: Pair) -> Check:
     )
 
 
-class _Cancelled(Exception):
+class _CancelledError(Exception):
     pass
 
 
@@ -168,13 +166,13 @@ def a_cancelled_session_can_be_used_again(pair: Pair) -> Iterable[Check]:
     def cancel(done: int, budget: int) -> None:
         del budget
         if done == 2:
-            raise _Cancelled
+            raise _CancelledError
 
     session = pair.session()
     reached = 1
     try:
         pair.render(session, pair.requests[:1], cancel)
-    except _Cancelled:
+    except _CancelledError:
         reached = 0
     yield equal("cancelled runs that went on", reached, reason="the callback raised")
     again = pair.render(session, pair.requests[:1]).latents
@@ -198,18 +196,6 @@ def nan_is_reported_and_forgotten(pair: Pair) -> Iterable[Check]:
     yield equal("run after NaN", difference, reason=bounds.SAME_WORK)
 
 
-def two_sessions_do_not_disturb_each_other(pair: Pair) -> Check:
-    """Two loops enqueued without waiting in between, on one runtime."""
-    sessions = [pair.session() for _ in range(2)]
-    expected = [
-        pair.render(session, [request]).latents
-        for session, request in zip(sessions, pair.requests, strict=False)
-    ]
-    found = hosts.back_to_back(pair, sessions)
-    differences = [largest_difference(a, b) for a, b in zip(found, expected, strict=True)]
-    return equal("two sessions back to back", max(differences), reason=bounds.SAME_WORK)
-
-
 Look = Callable[[Pair], Check | Iterable[Check]]
 CHECKS: dict[str, Look] = {
     "latents": latents_equal_the_reference,
@@ -223,7 +209,7 @@ CHECKS: dict[str, Look] = {
     "text encoders": text_encoders_equal_the_reference,
     "cancelling": a_cancelled_session_can_be_used_again,
     "NaN": nan_is_reported_and_forgotten,
-    "two sessions": two_sessions_do_not_disturb_each_other,
+    "two sessions": hosts.two_sessions_do_not_disturb_each_other,
     "memory of a host": hosts.memory_of_torch_is_shared,
     "stream of a host": hosts.a_stream_of_torch_is_used,
     "lanes": hosts.lanes_overlap,

@@ -1,0 +1,106 @@
+"""Device memory of sessions, and whether it comes back."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from scripts.gpu import bounds
+from scripts.gpu.bench import Bench, Pair
+from scripts.gpu.bounds import MIB
+from scripts.gpu.record import Check, judged, measured, skipped
+
+from meancache_trt.engine.probe import probe
+from meancache_trt.meancache.schedule import bake
+from meancache_trt.render import load
+from meancache_trt.session import Session
+
+NAME = "memory"
+ABOUT = "device memory of sessions and schedules, the shared activation block, leaks"
+
+Meter = Callable[[], int]
+_SETTLED_AFTER = 0.1  # of the cycles: pools of libraries have grown by then
+
+
+def device_bytes() -> int:
+    """Memory of the first GPU that is in use, by all processes, as its driver says."""
+    gpu = probe().gpus[0]
+    return gpu.total_bytes - gpu.free_bytes
+
+
+def resident_bytes() -> int:
+    """Memory of this process, for a rehearsal."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def run(bench: Bench) -> Iterator[Check]:
+    """Sessions and cycles of every backend, on every stand-in."""
+    meter = resident_bytes if bench.settings.is_rehearsal else device_bytes
+
+    def look(pair: Pair, backend: str) -> Iterator[Check]:
+        place = (backend, pair.subject)
+        yield from bench.attempt("sessions", lambda: sessions_take(pair, meter), *place)
+        yield from bench.attempt("activations", lambda: activations_are_shared(pair), *place)
+        cycles = bench.settings.cycles
+        yield from bench.attempt("leak", lambda: nothing_leaks(pair, meter, cycles), *place)
+
+    return bench.over_pairs(NAME, look)
+
+
+def sessions_take(pair: Pair, meter: Meter) -> Iterator[Check]:
+    """What the graphs take, then each further session: another schedule, a batch of four."""
+    before = meter()
+    kept = [pair.session()]
+    pair.render(kept[0], pair.requests[:1])
+    yield measured("graphs and first session", (meter() - before) / MIB, "MiB")
+    grid = pair.reference.grid(pair.schedule.grid.steps)
+    for budget in (2, 4, 8):
+        before = meter()
+        schedule = bake("ab2", grid, range(0, grid.steps, max(1, grid.steps // budget)))
+        kept.append(Session(pair.tested.graphs, schedule, pair.tested.resolution()))
+        pair.render(kept[-1], pair.requests[:1])
+        name = f"session of {schedule.budget} evaluations, history {schedule.history}"
+        yield measured(name, (meter() - before) / MIB, "MiB")
+    before = meter()
+    kept.append(pair.session(batch=len(pair.requests)))
+    pair.render(kept[-1], pair.requests)
+    yield measured(f"session of {len(pair.requests)} pictures", (meter() - before) / MIB, "MiB")
+
+
+def activations_are_shared(pair: Pair) -> Check:
+    """The block that engines share against the sum of what each would take."""
+    name = "shared activations"
+    runtime = pair.tested.runtime
+    needs = getattr(runtime, "activation_bytes", None)
+    if needs is None:
+        return skipped(name, f"{runtime.name} does not say what its engines take")
+    pair.render(pair.session(), pair.requests[:1])
+    sizes = dict(needs)
+    note = f"of {sum(sizes.values()) / MIB:.1f} MiB that the engines take one by one"
+    return measured(name, max(sizes.values()) / MIB, "MiB", note)
+
+
+def nothing_leaks(pair: Pair, meter: Meter, cycles: int) -> Check:
+    """Open, render one picture and close, many times; growth once libraries have settled."""
+    directory = pair.tested.bundle.directory
+    settled = 0
+    for cycle in range(cycles):
+        with load(directory, backend=pair.backend, embedding_cache="off") as pipeline:
+            session = Session(pipeline.graphs, pair.schedule, pipeline.resolution())
+            pair.render(session, pair.requests[:1])
+            del session
+        if cycle == int(_SETTLED_AFTER * cycles):
+            gc.collect()
+            settled = meter()
+    gc.collect()
+    growth = meter() - settled
+    return judged(
+        f"growth over {cycles} cycles",
+        growth / MIB,
+        bounds.LEAK.value / MIB,
+        unit="MiB",
+        reason=bounds.LEAK.reason,
+    )
