@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from meancache_trt.bundle import Bundle
-from meancache_trt.engine.probe import Gpu, find_gpu
+from meancache_trt.engine.probe import Driver, Gpu, find_gpu
 from meancache_trt.engine.tensorrt.library import EXTRAS, FLAVOURS, Flavour, installed_flavours
 from meancache_trt.errors import InputError, PlanError, RuntimeUnavailableError
 from meancache_trt.meancache.runtime import Runtime
@@ -90,14 +90,14 @@ def check_backend(backend: str, device: int = 0) -> Gpu | None:
     return gpu
 
 
-def choose(bundle: Bundle | None = None, device: int = 0) -> Choice:
-    """What "auto" runs.
+def choose(bundle: Bundle | None = None, device: int = 0, driver: Driver | None = None) -> Choice:
+    """What "auto" runs; `driver` is what a probe found before.
 
     A TensorRT that has a plan of every graph that a render needs; else ONNX Runtime on the GPU,
     where it has its CUDA provider; else ONNX Runtime on the CPU. Never raises for want of a GPU.
     """
     try:
-        gpu = find_gpu(device)
+        gpu = find_gpu(device, driver)
     except RuntimeUnavailableError as error:
         return Choice(_CPU, f"there is no GPU to use: {error}")
     reasons = []
@@ -147,10 +147,13 @@ class BackendState:
     state: str
 
 
-def available_backends() -> list[BackendState]:
-    """Every backend of this version, in the order in which "auto" tries them."""
+def available_backends(driver: Driver | None = None) -> list[BackendState]:
+    """Every backend of this version, in the order in which "auto" tries them.
+
+    `driver` is what a probe found before.
+    """
     try:
-        gpu = find_gpu()
+        find_gpu(0, driver)
     except RuntimeUnavailableError as error:
         problem: str | None = f"no GPU: {str(error).partition('; use')[0]}"
     else:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from meancache_trt.bundle import Bundle
+from meancache_trt.cli.output import print_table
 from meancache_trt.doctor import Report, Verdict, builds_for, examine
 from meancache_trt.engine.probe import Driver, Gpu, probe
 from meancache_trt.engine.survey import LibraryState, survey
@@ -95,6 +96,18 @@ def test_it_prints_tables_for_people(driver):
     assert "NVIDIA driver for CUDA up to 13.1" in out
     assert "20.0 GiB  24.0 GiB" in out
     assert "auto: " in out
+
+
+def test_extras_are_printed_as_they_are_installed(capsys):
+    print_table(["package", ""], [["x", "pip install 'meancache-trt[cpu]'"]])
+    assert "meancache-trt[cpu]" in capsys.readouterr().out
+
+
+def test_a_bundle_is_described_for_people(bundle, driver):
+    command = [sys.executable, "-m", "meancache_trt.cli", "doctor", str(bundle)]
+    out = subprocess.run(command, env=driver(), capture_output=True, text=True, check=True).stdout
+    assert "schedule b10, 10 evaluations: usable, fits 64x64" in out
+    assert "no plans; `meancache-trt plan` builds them" in out
 
 
 def test_a_library_that_cannot_be_imported_is_named_with_its_words(tmp_path):

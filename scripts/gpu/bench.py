@@ -65,7 +65,12 @@ class Bench:
     @property
     def is_late(self) -> bool:
         """Whether the slice has had its time."""
-        return time.monotonic() > self._ends_at
+        return self.remaining_s < 0
+
+    @property
+    def remaining_s(self) -> float:
+        """What is left of the slice's time."""
+        return self._ends_at - time.monotonic()
 
     def attempt(
         self, name: str, call: Callable[[], Check | Iterable[Check]], backend: str, subject: str
@@ -80,7 +85,7 @@ class Bench:
                 found = [made] if isinstance(made, Check) else list(made)
             except Exception as error:
                 found = [record.failed(name, f"{type(error).__name__}: {error}")]
-        return [msgspec.structs.replace(one, backend=backend, subject=subject) for one in found]
+        return [_placed(one, backend, subject) for one in found]
 
     def bundle(self, subject: str) -> Bundle:
         """The stand-in's bundle, exported once and then kept in the work folder."""
@@ -212,6 +217,13 @@ def conditioning_of(requests: Sequence[Request]) -> Conditioning:
     for part in parts[1:]:
         joined = joined.followed_by(part)
     return joined
+
+
+def _placed(check: Check, backend: str, subject: str) -> Check:
+    """The check with its backend and subject, where it does not name others itself."""
+    return msgspec.structs.replace(
+        check, backend=check.backend or backend, subject=check.subject or subject
+    )
 
 
 def gpu_backends() -> tuple[list[str], list[Check]]:

@@ -105,7 +105,8 @@ class RealModel:
         dtype = torch.float32 if self.is_tiny else torch.bfloat16
         with torch.device("meta"):
             network = FluxTransformer2DModel.from_config(dict(self.described().transformer))
-        network = network.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        # torch's own `to`: diffusers' warns of modules that other models keep in float32.
+        torch.nn.Module.to(network, dtype).to_empty(device=device).eval().requires_grad_(False)
         for name, value in network.named_parameters():
             if value.ndim == 1 and name.endswith("weight"):
                 value.fill_(1)

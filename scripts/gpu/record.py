@@ -96,9 +96,10 @@ def equal(name: str, difference: float, *, reason: str) -> Check:
     return judged(name, difference, 0.0, reason=reason)
 
 
-def measured(name: str, value: float, unit: str, note: str = "") -> Check:
+def measured(name: str, value: float, unit: str, note: str = "", *, backend: str = "") -> Check:
     """A value without a bound."""
-    return Check(name=name, verdict="measured", value=float(value), unit=unit, note=note)
+    value = float(value)
+    return Check(name=name, backend=backend, verdict="measured", value=value, unit=unit, note=note)
 
 
 def skipped(name: str, why: str) -> Check:

@@ -15,8 +15,8 @@ def interleaved_ms(
     """Median milliseconds of each way, from its start until `wait` returns.
 
     All ways run in every round one after the other, so that clocks and temperature are the same for
-    all: their ratios travel, the milliseconds do not. What warms up captures graphs,
-    chooses kernels and brings clocks up.
+    all: their ratios travel, the milliseconds do not. `warm_ups` are rounds
+    that are not timed: they capture graphs, choose kernels and bring clocks up.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(warm_ups):

@@ -19,7 +19,7 @@ import msgspec
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.engine.probe import Driver, Gpu, probe
-from meancache_trt.engine.select import BackendState, available_backends
+from meancache_trt.engine.select import BackendState, available_backends, choose
 from meancache_trt.engine.survey import LibraryState, survey
 from meancache_trt.engine.tensorrt.library import EXTRAS, FLAVOURS, Flavour
 from meancache_trt.engine.tensorrt.record import PlanRecord
@@ -113,7 +113,7 @@ def examine(bundle: Bundle | None = None, *, timeout_s: float = 10.0) -> Report:
         driver_asked = pool.submit(probe, timeout_s=timeout_s)
         libraries = survey(timeout_s=timeout_s)
         driver = driver_asked.result()
-    backends = available_backends()
+    backends = available_backends(driver)
     flavours = tuple(_flavour(name, libraries[name], driver) for name in FLAVOURS)
     return Report(
         python=platform.python_version(),
@@ -125,7 +125,7 @@ def examine(bundle: Bundle | None = None, *, timeout_s: float = 10.0) -> Report:
         onnxruntime=libraries["onnxruntime"],
         flavours=flavours,
         backends=tuple(backends),
-        auto=_chosen(backends),
+        auto=_chosen(None, driver, backends),
         bundle=None if bundle is None else _bundle(bundle, driver, libraries, backends),
     )
 
@@ -157,10 +157,11 @@ def builds_for(state: LibraryState, gpu: Gpu) -> Verdict:
     return Verdict(is_usable=False, why=f"builds for {', '.join(known)} only")
 
 
-def _chosen(backends: Sequence[BackendState]) -> Chosen:
-    for backend in backends:
-        if backend.is_available:
-            return Chosen(backend.name, backend.state)
+def _chosen(bundle: Bundle | None, driver: Driver, backends: Sequence[BackendState]) -> Chosen:
+    choice = choose(bundle, driver=driver)
+    states = {backend.name: backend for backend in backends}
+    if states[choice.backend].is_available:
+        return Chosen(choice.backend, choice.why)
     return Chosen(None, "; ".join(backend.state for backend in backends))
 
 
@@ -174,7 +175,7 @@ def _bundle(
     return BundleReport(
         path=str(bundle.directory),
         bundle_id=bundle.manifest.bundle_id,
-        backend=_chosen(backends),
+        backend=_chosen(bundle, driver, backends),
         schedule=_default_schedule(bundle),
         schedules=tuple(_schedule(bundle, schedule) for schedule in schedules),
         plans=tuple(

@@ -90,9 +90,9 @@ def _library(state: FlavourReport | LibraryState, abilities: str) -> str:
 
 
 def _print_backends(report: Report) -> None:
-    rows = [[b.name, "yes" if b.is_available else "no", b.state] for b in report.backends]
-    print_table(["backend", "runs here", ""], rows)
-    click.echo()
+    for backend in report.backends:
+        runs = "runs here" if backend.is_available else "does not run here"
+        click.echo(f"{backend.name}: {runs}; {backend.state}")
     click.echo(f"auto: {report.auto.name or 'nothing'} ({report.auto.why})")
 
 
@@ -102,17 +102,19 @@ def _print_bundle(report: BundleReport) -> None:
     click.echo(f"auto: {report.backend.name or 'nothing'} ({report.backend.why})")
     click.echo(f"schedule: {report.schedule.name or 'none'} ({report.schedule.why})")
     click.echo()
-    schedules = [[one.name, one.budget, _said(one.verdict)] for one in report.schedules]
-    print_table(["schedule", "evaluations", "usable"], schedules)
-    click.echo()
-    plans = [
-        [plan.path, plan.component, plan.built_for, _said(plan.verdict)] for plan in report.plans
-    ]
-    print_table(["plan", "of", "built for", "usable"], plans or [["none", "", "", ""]])
+    for schedule in report.schedules:
+        click.echo(
+            f"schedule {schedule.name}, {schedule.budget} evaluations: {_said(schedule.verdict)}"
+        )
+    for plan in report.plans:
+        what = f"{plan.component} for {plan.built_for}: " if plan.component else ""
+        click.echo(f"plan {plan.path}: {what}{_said(plan.verdict)}")
+    if not report.plans:
+        click.echo("no plans; `meancache-trt plan` builds them")
 
 
 def _said(verdict: Verdict) -> str:
-    return f"{'yes' if verdict.is_usable else 'no'}: {verdict.why}"
+    return f"{'usable' if verdict.is_usable else 'not usable'}, {verdict.why}"
 
 
 def _gib(count: int) -> str:
