@@ -11,7 +11,7 @@ import json
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -33,7 +33,8 @@ def share_values(folder: Path) -> None:
 def _rewrite(file: Path, tensors: dict[str, StoredTensor]) -> None:
     scales = [name for name, tensor in tensors.items() if _is_scale(name, tensor)]
     ones = _region(tensors[name] for name in scales)
-    header, next_scale, next_value = {}, 0, ones
+    header: dict[str, Any] = {}
+    next_scale, next_value = 0, ones
     for name, tensor in tensors.items():
         begin = next_scale if name in scales else next_value
         if name in scales:

@@ -194,7 +194,7 @@ class Pair:
         """A new session under test, on a runtime of the same kind."""
         graphs = self.tested.graphs
         if runtime is not None:
-            graphs = Graphs(self.tested.bundle, runtime)  # type: ignore[arg-type]
+            graphs = Graphs(self.tested.bundle, runtime)
         return Session(graphs, self.schedule, self.tested.resolution(), batch=batch)
 
     def render(

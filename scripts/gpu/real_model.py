@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.full_size.checkpoint import write_checkpoint
 from scripts.full_size.models import MODELS, FullSize
 from scripts.gpu.bank import share_values
 
@@ -83,6 +82,8 @@ class RealModel:
         """The bundle; exported once, then kept."""
         if (self.directory / MANIFEST).is_file():
             return Bundle.open(self.directory)
+        from scripts.full_size.checkpoint import write_checkpoint  # noqa: PLC0415  (torch, slow)
+
         checkpoint = self.directory.with_suffix(".checkpoint")
         shutil.rmtree(checkpoint, ignore_errors=True)
         write_checkpoint(checkpoint, self.described(), has_values=False)

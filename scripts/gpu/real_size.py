@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from scripts.gpu import record
@@ -12,7 +13,6 @@ from scripts.gpu.bench import Bench, build_plans
 from scripts.gpu.real_model import ALL_BLOCKS, RealModel, fitting_blocks, prepared_model
 from scripts.gpu.record import Check, measured
 from scripts.gpu.timing import Step, interleaved_ms
-from scripts.gpu.torch_loop import TorchLoop
 
 from meancache_trt.engine.tensorrt.library import FLAVOURS
 from meancache_trt.meancache.schedule import Schedule, bake
@@ -136,7 +136,8 @@ def _feed(session: Session, pipeline: Pipeline) -> None:
 
 
 def _open_torch(bench: Bench, model: RealModel, runners: dict[str, Runner]) -> Iterator[Check]:
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415  (slow, and not needed to list slices)
+    from scripts.gpu.torch_loop import TorchLoop  # noqa: PLC0415
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not model.is_tiny:
@@ -159,7 +160,7 @@ def _open_torch(bench: Bench, model: RealModel, runners: dict[str, Runner]) -> I
     yield measured("torch.compile, cold", time.monotonic() - begin, "s", "its first loop of 10")
 
 
-def _loops(loop: TorchLoop, chosen: Mapping[int, Schedule]) -> dict[int, Step]:
+def _loops(loop: Any, chosen: Mapping[int, Schedule]) -> dict[int, Step]:
     return {budget: lambda one=schedule: loop.run(one) for budget, schedule in chosen.items()}
 
 
