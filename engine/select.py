@@ -150,7 +150,7 @@ class BackendState:
 def available_backends() -> list[BackendState]:
     """Every backend of this version, in the order in which "auto" tries them."""
     try:
-        gpu = find_gpu()
+        find_gpu()
     except RuntimeUnavailableError as error:
         problem: str | None = f"no GPU: {str(error).partition('; use')[0]}"
     else:
