@@ -26,6 +26,7 @@ _DTYPES = {
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
     "tensor(bool)": "bool",
+    "tensor(bfloat16)": "bfloat16",
 }
 
 
@@ -69,7 +70,9 @@ class _Bound:
         self._session.run_with_iobinding(self._binding)
 
 
-class _Sequence:
+class CallSequence:
+    """Calls that are run one by one."""
+
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = tuple(calls)
 
@@ -139,21 +142,10 @@ class OnnxRuntime:
         # Each session has threads of its own, which spin for a while after a run and so take the
         # cores from the next graph: without this a loop that follows a decode starts slowly.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        names, values = (
-            mapped_weights(path, self._library) if has_linked_weights(path) else ([], [])
+        providers = ["CPUExecutionProvider"]
+        session, values = open_session(
+            self._library, path, options, providers, **self._frugality(options)
         )
-        try:
-            if names:
-                options.add_external_initializers(names, values)
-            session = self._library.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"], **self._frugality(options)
-            )
-        except Exception as error:
-            # The library raises types of its own that share no public base.
-            raise BundleError(
-                f"ONNX Runtime {self.version} cannot load {path}: {error}; build the "
-                "bundle again, or install the version that it was checked with"
-            ) from error
         return OnnxRuntimeGraph(session, weights=values)
 
     def _frugality(self, options: Any) -> dict[str, list[str]]:
@@ -189,7 +181,7 @@ class OnnxRuntime:
         return HostTensor(array)
 
     def sequence(self, calls: Sequence[Call]) -> Call:
-        return _Sequence(calls)
+        return CallSequence(calls)
 
     def synchronize(self) -> None:
         """Do nothing: calls return when they are done."""
@@ -204,6 +196,38 @@ class OnnxRuntime:
         trace: TracebackType | None,
     ) -> None:
         return None
+
+
+def open_session(
+    library: Any,
+    path: Path,
+    options: Any,
+    providers: Sequence[Any],
+    *,
+    disabled_optimizers: Sequence[str] = (),
+) -> tuple[Any, list[Any]]:
+    """An inference session, and the mapped memory that it reads.
+
+    Raises `BundleError` with the library's words where it refuses the graph.
+    """
+    names, values = mapped_weights(path, library) if has_linked_weights(path) else ([], [])
+    try:
+        if names:
+            options.add_external_initializers(names, values)
+        session = library.InferenceSession(
+            str(path),
+            options,
+            providers=list(providers),
+            disabled_optimizers=list(disabled_optimizers),
+            enable_fallback=0,  # it would go on with other providers than were asked for
+        )
+    except Exception as error:
+        # The library raises types of its own that share no public base.
+        raise BundleError(
+            f"ONNX Runtime {library.__version__} cannot load {path}: {error}; build the "
+            "bundle again, or install the version that it was checked with"
+        ) from error
+    return session, values
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -24,7 +24,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from meancache_trt.bundle import Bundle
-from meancache_trt.engine.select import open_runtime
+from meancache_trt.engine.select import check_backend, open_runtime
 from meancache_trt.errors import InputError
 from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.registry import FAMILIES
@@ -81,7 +81,7 @@ class EngineTransformer:
         self.config = _config(module, bundle)
         self._configs = {"transformer": self.config}
         self._is_owner = runtime is None
-        self._runtime = runtime or open_runtime(backend, threads=threads)
+        self._runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads)
         _, self._component = bundle.export.component_in("transformer", self._runtime.precisions)
         self._graph = self._runtime.load(bundle.component_path(self._component))
         self._tables: dict[Hashable, Tensors] = {}
@@ -109,6 +109,7 @@ class EngineTransformer:
             BundleError: where it is damaged or no bundle.
             RuntimeUnavailableError: where the backend cannot run here.
         """
+        check_backend(backend)  # before anything is read and hashed
         opened = Bundle.open(bundle, is_full_check=is_full_check)
         return cls(opened, backend=backend, threads=threads)
 
