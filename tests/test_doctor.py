@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,17 @@ from meancache_trt.engine.survey import LibraryState, survey
 from meancache_trt.engine.tensorrt.record import PlanFile, PlanKey, PlanRecord
 from meancache_trt.engine.tensorrt.store import graph_digest
 from meancache_trt.meancache.files import encode_json
+from tests.fake_driver import driver_environment
 
-SOURCE = Path(__file__).parent / "fake_driver.c"
 GIB = 2**30
 HAS_DRIVER = probe().cuda_version is not None
 no_driver = pytest.mark.skipif(HAS_DRIVER, reason="this machine has an NVIDIA driver")
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Any:
+def driver(tmp_path: Path) -> Callable[..., dict[str, str]]:
     """Compile a driver with some macros; an environment in which it is found first."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler named cc")
-
-    def compiled(*macros: str) -> dict[str, str]:
-        command = [compiler, "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", SOURCE]
-        subprocess.run([*command, *(f"-D{macro}" for macro in macros)], check=True)
-        return {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
-
-    return compiled
+    return functools.partial(driver_environment, tmp_path)
 
 
 def doctor(environment: dict[str, str] | None, *arguments: object) -> Report:

@@ -32,10 +32,9 @@ def two_sessions_do_not_disturb_each_other(pair: Pair) -> Check:
 
 
 def lanes_overlap(pair: Pair) -> Iterable[Check]:
-    """Two runtimes of one backend, each with a stream of its own, at work at the same time."""
+    """Two queues of one backend, each with a stream of its own, at work at the same time."""
     name = "two lanes"
-    backend = pair.backend
-    with open_runtime(backend, bundle=pair.tested.bundle) as other:
+    with _second(pair) as other:
         lanes = [pair.tested.graphs, Graphs(pair.tested.bundle, other)]
         sessions = [_warm(pair, graphs) for graphs in lanes]
         starts = [_start(session, seed) for seed, session in enumerate(sessions)]
@@ -50,6 +49,15 @@ def lanes_overlap(pair: Pair) -> Iterable[Check]:
         alone_ms = sum(_timed([session], starts, wait) for session in sessions)
         ratio = alone_ms / _timed(sessions, starts, wait)
         yield measured("two lanes, speed-up", ratio, "x", "1 where they do not overlap")
+
+
+def _second(pair: Pair) -> Runtime:
+    """A lane of the runtime under test, or a runtime of its own where it has no lanes."""
+    runtime: Any = pair.tested.runtime
+    if not hasattr(runtime, "lane"):
+        return open_runtime(pair.backend, bundle=pair.tested.bundle)
+    lane: Runtime = runtime.lane()
+    return lane
 
 
 def memory_of_torch_is_shared(pair: Pair) -> Iterable[Check]:

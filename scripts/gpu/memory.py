@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from scripts.gpu import bounds
 from scripts.gpu.bench import Bench, Pair
@@ -13,6 +14,7 @@ from scripts.gpu.bounds import MIB
 from scripts.gpu.record import Check, judged, measured, skipped
 
 from meancache_trt.engine.probe import probe
+from meancache_trt.manifest import Component, batch_symbols
 from meancache_trt.meancache.schedule import bake
 from meancache_trt.render import load
 from meancache_trt.session import Session
@@ -70,17 +72,47 @@ def sessions_take(pair: Pair, meter: Meter) -> Iterator[Check]:
     yield measured(f"session of {len(pair.requests)} pictures", (meter() - before) / MIB, "MiB")
 
 
-def activations_are_shared(pair: Pair) -> Check:
-    """The block that engines share against the sum of what each would take."""
+def activations_are_shared(pair: Pair) -> Iterator[Check]:
+    """The block that the engines of a lane share, against the sum of what each would take."""
     name = "shared activations"
-    runtime = pair.tested.runtime
-    needs = getattr(runtime, "activation_bytes", None)
-    if needs is None:
-        return skipped(name, f"{runtime.name} does not say what its engines take")
+    runtime: Any = pair.tested.runtime
+    if not hasattr(runtime, "lane") or not hasattr(runtime, "block"):
+        yield skipped(name, f"{runtime.name} leaves activations to its library")
+        return
     pair.render(pair.session(), pair.requests[:1])
-    sizes = dict(needs)
-    note = f"of {sum(sizes.values()) / MIB:.1f} MiB that the engines take one by one"
-    return measured(name, max(sizes.values()) / MIB, "MiB", note)
+    alone = {part: _alone(pair, component) for part, component in _parts(pair).items()}
+    total = sum(alone.values())
+    note = ", ".join(f"{part} {size / MIB:.2f}" for part, size in alone.items())
+    yield measured(name, runtime.block.size_bytes / MIB, "MiB", f"each alone: {note}")
+    yield measured("sum of activations", total / MIB, "MiB", "what they would take one by one")
+
+
+def _parts(pair: Pair) -> dict[str, Component]:
+    """The graphs that a session runs."""
+    graphs, export = pair.tested.graphs, pair.tested.bundle.export
+    return {
+        "prepare": export.components["prepare"],
+        "transformer": graphs.network("transformer"),
+        "update": export.update_for(pair.schedule.history),
+        "vae_decoder": graphs.network("vae_decoder"),
+    }
+
+
+def _alone(pair: Pair, component: Component) -> int:
+    """Bytes of the activation block of a lane that binds one graph only."""
+    runtime: Any = pair.tested.runtime
+    sizes = {**pair.tested.resolution().symbols, **batch_symbols(1)}
+    with runtime.lane() as lane:
+        graph = lane.load(pair.tested.bundle.component_path(component))
+        records = {**component.inputs, **component.outputs}
+        tensors = {
+            name: lane.zeros(record.resolved(sizes), record.dtype)
+            for name, record in records.items()
+        }
+        call = graph.bind(tensors)
+        size: int = lane.block.size_bytes
+        del call
+    return size
 
 
 def nothing_leaks(pair: Pair, meter: Meter, cycles: int) -> Check:

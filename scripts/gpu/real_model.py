@@ -116,10 +116,10 @@ class RealModel:
         return network
 
 
-def fitting_blocks(holders: int) -> Blocks:
-    """As many blocks as the GPU and the disk have room for, `holders` copies at a time."""
+def fitting_blocks(copies: float) -> Blocks:
+    """As many blocks as the GPU has room for, with so many bfloat16 copies of them at a time."""
     gpu = probe().gpus[0]
-    share = min(1.0, gpu.free_bytes / (_ROOM * _BYTES * holders))
+    share = min(1.0, gpu.free_bytes / (_ROOM * _BYTES * copies))
     return max(1, int(ALL_BLOCKS[0] * share)), max(1, int(ALL_BLOCKS[1] * share))
 
 

@@ -49,12 +49,14 @@ class WatchedGraph:
 class Watched:
     """Another runtime, whose graphs keep their calls by the path of their file.
 
-    Without `is_captured` a sequence is its calls, enqueued one after the other.
+    Without `is_captured` a sequence is its calls, enqueued one after the other. `sequences` are all
+    that were made, with how many calls each has.
     """
 
     runtime: Runtime
     is_captured: bool = True
     calls: dict[Path, list[Call]] = field(default_factory=dict)
+    sequences: list[tuple[int, Call]] = field(default_factory=list)
 
     def load(self, path: Path, *, is_light: bool = False) -> WatchedGraph:
         """The runtime's graph, watched."""
@@ -63,7 +65,10 @@ class Watched:
 
     def sequence(self, calls: Sequence[Call]) -> Call:
         """The runtime's sequence, or a plain one."""
-        return self.runtime.sequence(calls) if self.is_captured else PlainSequence(tuple(calls))
+        plain = PlainSequence(tuple(calls))
+        made = self.runtime.sequence(calls) if self.is_captured else plain
+        self.sequences.append((len(calls), made))
+        return made
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the runtime's."""
