@@ -143,7 +143,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> Settings:
         subjects=tuple(options.stand_in or everything),
         is_rehearsal=options.rehearse,
         rounds=3 if options.rehearse else options.rounds,
-        cycles=5 if options.rehearse else options.cycles,
+        cycles=3 if options.rehearse else options.cycles,
         limit_s=options.limit,
         blocks=options.blocks,
     )

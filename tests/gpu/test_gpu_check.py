@@ -179,7 +179,7 @@ def test_a_runtime_that_leaves_out_a_call_fails(pair, check, length):
         is_cut = (len(calls) > 2) == (length == "all")
         return PlainSequence(tuple(calls)[: -1 if is_cut else None])
 
-    runtime = Replaced(pair.tested.runtime, short)
+    runtime = pair.tested.runtime = Replaced(pair.tested.runtime, short)
     pair.tested.graphs = Graphs(pair.tested.bundle, runtime)
     spoilt = Pair("onnxruntime", "flux", pair.tested, pair.reference, is_short=True)
     assert "failed" in verdicts(check, spoilt)
