@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from scripts.gpu import correctness, facts, memory, overhead, real_size
+from scripts.gpu import correctness, facts, memory, overhead, prepare, real_size
 from scripts.gpu.bench import REFERENCE, Bench, Settings, gpu_backends
 from scripts.gpu.record import Check, Part, Record, Subject, failed, path_of, with_part
 from scripts.gpu.table import line, markdown
@@ -39,6 +39,7 @@ class Slice:
 
 SLICES = (
     Slice(facts.NAME, facts.ABOUT, facts.run),
+    Slice(prepare.NAME, prepare.ABOUT, prepare.run),
     Slice(correctness.NAME, correctness.ABOUT, correctness.run),
     Slice(overhead.NAME, overhead.ABOUT, overhead.run),
     Slice(memory.NAME, memory.ABOUT, memory.run),
@@ -119,7 +120,7 @@ def _run(wanted: list[Slice], options: argparse.Namespace, driver: Driver) -> in
     if options.output is not None and not options.rehearse:
         path = options.output
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = _settings(options, folder)
+    settings = _settings(options, folder, driver)
     blank = Record(is_rehearsal=options.rehearse, subject=subject)
     record = blank
     for one in wanted:
@@ -131,8 +132,8 @@ def _run(wanted: list[Slice], options: argparse.Namespace, driver: Driver) -> in
     return 1 if record.failed else 0
 
 
-def _settings(options: argparse.Namespace, folder: Path) -> Settings:
-    backends = [REFERENCE] if options.rehearse else gpu_backends()[0]
+def _settings(options: argparse.Namespace, folder: Path, driver: Driver) -> Settings:
+    backends, absent = ([REFERENCE], []) if options.rehearse else gpu_backends(driver)
     backends = [name for name in backends if not options.backend or name in options.backend]
     everything = ["flux"] if options.rehearse else standins.names()
     work = options.work or (folder if options.rehearse else _ROOT / "build/gpu-check")
@@ -145,6 +146,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> Settings:
         rounds=3 if options.rehearse else options.rounds,
         cycles=3 if options.rehearse else options.cycles,
         limit_s=options.limit,
+        absent=tuple(absent),
         blocks=options.blocks,
     )
 
@@ -153,7 +155,7 @@ def _part(one: Slice, settings: Settings) -> Part:
     """Run a slice and say each check as it is made."""
     started_at, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     checks: list[Check] = []
-    absent = [] if one.name == facts.NAME or settings.is_rehearsal else gpu_backends()[1]
+    absent = () if one.name == facts.NAME else settings.absent
     try:
         for check in itertools.chain(absent, one.run(Bench(settings))):
             print(line(check), file=sys.stderr, flush=True)

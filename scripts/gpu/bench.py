@@ -22,7 +22,10 @@ from meancache_trt import build as stages
 from meancache_trt import standins
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.conditioning import Conditioning
+from meancache_trt.doctor import Verdict, builds_for
+from meancache_trt.engine.probe import Driver
 from meancache_trt.engine.select import available_backends
+from meancache_trt.engine.survey import survey
 from meancache_trt.engine.tensorrt.library import FLAVOURS
 from meancache_trt.errors import MeanCacheError
 from meancache_trt.meancache.loop import OnEvaluation
@@ -43,7 +46,11 @@ _FEW_NODES, _FEW_SPANS = (0, 1, 3, 6), (1, 2, 1)
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is done. `limit_s` is what a slice may take; `rounds` how often it is timed."""
+    """How much is done.
+
+    `limit_s` is what a slice may take, `rounds` how often something is timed, `absent` a skipped
+    check for each backend that cannot run here.
+    """
 
     work: Path
     backends: tuple[str, ...]
@@ -52,6 +59,7 @@ class Settings:
     rounds: int
     cycles: int
     limit_s: float
+    absent: tuple[Check, ...] = ()
     blocks: tuple[int, int] | None = None
 
 
@@ -231,15 +239,21 @@ def _placed(check: Check, backend: str, subject: str) -> Check:
     )
 
 
-def gpu_backends() -> tuple[list[str], list[Check]]:
-    """The backends that run on a GPU here, and a skipped check for each other one."""
-    states = [state for state in available_backends() if state.name != REFERENCE]
-    present = [state.name for state in states if state.is_available]
-    absent = [
-        msgspec.structs.replace(record.skipped("backend", state.state), backend=state.name)
-        for state in states
-        if not state.is_available
-    ]
+def gpu_backends(driver: Driver) -> tuple[list[str], list[Check]]:
+    """The backends that run on the first GPU here, and a skipped check for each other one."""
+    libraries = survey(FLAVOURS)
+    present, absent = [], []
+    for state in available_backends(driver):
+        if state.name == REFERENCE:
+            continue
+        verdict = Verdict(is_usable=state.is_available, why=state.state)
+        if verdict.is_usable and state.name in libraries:
+            verdict = builds_for(libraries[state.name], driver.gpus[0])
+        if verdict.is_usable:
+            present.append(state.name)
+        else:
+            why = record.skipped("backend", verdict.why)
+            absent.append(msgspec.structs.replace(why, backend=state.name))
     return present, absent
 
 

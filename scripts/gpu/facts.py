@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import msgspec
 from scripts.gpu import record
-from scripts.gpu.bench import Bench, gpu_backends
+from scripts.gpu.bench import Bench
 from scripts.gpu.record import Check
 
 from meancache_trt.doctor import examine
@@ -24,7 +24,7 @@ def run(bench: Bench) -> Iterator[Check]:
     report = examine()
     yield _said("doctor", msgspec.json.encode(report).decode())
     yield _said("nvidia-smi", _nvidia_smi())
-    yield from gpu_backends()[1]
+    yield from bench.settings.absent
     for flavour in report.flavours:
         if flavour.problem is not None:
             found = [record.skipped("tiny plan", flavour.problem)]

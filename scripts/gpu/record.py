@@ -119,10 +119,11 @@ def path_of(folder: Path, subject: Subject, date: str) -> Path:
 
 
 def with_part(path: Path, blank: Record, name: str, part: Part) -> Record:
-    """Add a part to the record at `path`, in the place of one of that name, and write it.
+    """Add a part to the record at `path` and write it.
 
-    Raises `InputError` where the file is of another GPU, library or commit, since parts of one
-    record have to be about one thing.
+    Of a part of that name, what was found of other backends and stand-ins stays. Raises
+    `InputError` where the file is of another GPU, library or commit, since parts of one record have
+    to be about one thing.
     """
     record = blank
     if path.exists():
@@ -132,7 +133,20 @@ def with_part(path: Path, blank: Record, name: str, part: Part) -> Record:
                 f"{path} is of {record.subject}, here is {blank.subject}; give another -o, or "
                 "delete it"
             )
-    parts = {**record.parts, name: part}
+    parts = {**record.parts, name: _joined(record.parts.get(name), part)}
     whole = msgspec.structs.replace(record, parts=parts)
     write_json(path, whole)
     return whole
+
+
+def _joined(before: Part | None, part: Part) -> Part:
+    """A part with what an earlier one found of backends and subjects that are not in it."""
+    if before is None:
+        return part
+    places = {(check.backend, check.subject) for check in part.checks}
+    kept = [check for check in before.checks if (check.backend, check.subject) not in places]
+    if not kept:
+        return part
+    return msgspec.structs.replace(
+        part, checks=(*kept, *part.checks), seconds=before.seconds + part.seconds
+    )

@@ -53,7 +53,8 @@ def test_slices_are_listed():
     listed = gpu_check("--list").stdout.splitlines()
     names = [line.split()[0] for line in listed]
     assert names == [
-        *("facts", "correctness", "overhead", "memory", "real-size-prepare", "real-size")
+        *("facts", "prepare", "correctness", "overhead", "memory"),
+        *("real-size-prepare", "real-size"),
     ]
 
 
@@ -89,7 +90,7 @@ def test_parts_of_several_calls_add_to_the_record_that_is_named(tmp_path):
 
 def test_a_rehearsal_runs_every_quick_slice_and_is_marked_as_one(bundle, tmp_path):
     bundle.rename(tmp_path / "flux.mcb")
-    slices = ["facts", "correctness", "overhead", "memory"]
+    slices = ["facts", "prepare", "correctness", "overhead", "memory"]
     done = gpu_check("--rehearse", "--work", tmp_path, *slices, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("gpu-check-*/rehearsal-*.json")
@@ -264,6 +265,18 @@ def test_slices_of_several_calls_become_one_record(tmp_path):
     assert list(whole.parts) == ["facts", "overhead"]
     assert [check.name for check in whole.failed] == ["doctor"]
     assert msgspec.json.decode(path.read_bytes(), type=Record) == whole
+
+
+def test_what_was_found_of_other_stand_ins_stays(tmp_path):
+    path, blank = tmp_path / "gpu.json", Record(is_rehearsal=False, subject=SUBJECT)
+    flux, qwen = (
+        Check(name="latents", backend="tensorrt", subject=subject, verdict="passed", reason="x")
+        for subject in ("flux", "qwen_image")
+    )
+    with_part(path, blank, "correctness", part(flux, msgspec.structs.replace(qwen, note="old")))
+    whole = with_part(path, blank, "correctness", part(qwen))
+    assert whole.parts["correctness"].checks == (flux, qwen)
+    assert whole.parts["correctness"].seconds == 2.0
 
 
 def test_a_record_takes_no_part_of_another_gpu(tmp_path):
