@@ -104,7 +104,7 @@ def described(value: Any, device: tuple[int, int], stream: int | None) -> Descri
                 f"expected a tensor on the DLPack device {device}, found {found}; move it there"
             )
         capsule = value.__dlpack__() if stream is None else value.__dlpack__(stream=stream)
-    except (AttributeError, BufferError, RuntimeError, TypeError) as error:
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise RenderError(
             f"expected a tensor that can be handed over by DLPack, found {type(value).__name__}: "
             f"{error}"

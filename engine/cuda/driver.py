@@ -25,18 +25,11 @@ _DEFAULT_STREAMS = (0, 1, 2)  # null, CU_STREAM_LEGACY, CU_STREAM_PER_THREAD
 class DriverDevice:
     """A GPU by its primary context, which torch, ONNX Runtime and TensorRT use too.
 
-    Raises `RuntimeUnavailableError` without the package cuda-bindings.
+    `driver` is the module `cuda.bindings.driver`.
     """
 
-    def __init__(self, gpu: Gpu) -> None:
-        try:
-            from cuda.bindings import driver  # noqa: PLC0415  (an optional dependency)
-        except ImportError as error:
-            raise RuntimeUnavailableError(
-                f"a GPU needs the package cuda-bindings ({error}); run "
-                "`pip install 'meancache-trt[rtx]'`, or use `--backend onnxruntime`"
-            ) from error
-        self.cuda: Any = driver
+    def __init__(self, gpu: Gpu, driver: Any) -> None:
+        self.cuda = driver
         self.name = f"cuda:{gpu.index}"
         self.product = gpu.name
         self.compute_capability = gpu.compute_capability
@@ -355,5 +348,15 @@ def _text(words: object) -> str:
 
 
 def open_device(gpu: Gpu) -> Device:
-    """The GPU that `find_gpu` found."""
-    return DriverDevice(gpu)
+    """The GPU that `find_gpu` found.
+
+    Raises `RuntimeUnavailableError` without the package cuda-bindings.
+    """
+    try:
+        from cuda.bindings import driver  # noqa: PLC0415  (an optional dependency)
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            f"a GPU needs the package cuda-bindings ({error}); run "
+            "`pip install 'meancache-trt[rtx]'`, or use `--backend onnxruntime`"
+        ) from error
+    return DriverDevice(gpu, driver)

@@ -160,10 +160,10 @@ class FakeStream:
         if self.is_closed:
             return
         self.synchronize()
-        self.is_closed = True
-        if self._is_ours:
+        if self._is_ours:  # a host's own goes on
+            self.is_closed = True
             del self.device.streams[self._handle]
-        self.device.order.append("stream")
+            self.device.order.append("stream")
 
 
 @dataclass

@@ -129,10 +129,11 @@ class EngineRenderer:
         return Conditioning.load(path)
 
 
-def other_precisions(bundle: Bundle) -> list[str]:
-    """The precisions of the bundle's transformer graphs besides float32.
+def other_precisions(bundle: Bundle, own: str = "float32") -> list[str]:
+    """The precisions of the bundle's transformer graphs besides `own`.
 
     Whether they run is for a runtime to say.
     """
-    components = bundle.export.components.items()
-    return [part.precision for name, part in components if name.startswith("transformer/")]
+    components = bundle.export.components
+    names = [name for name in components if name.partition("/")[0] == "transformer"]
+    return [components[name].precision for name in names if components[name].precision != own]

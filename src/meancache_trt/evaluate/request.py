@@ -147,7 +147,9 @@ def evaluate_bundle(
                 embeddings,
                 scale,
             )
-            for precision in other_precisions(bundle)
+            for precision in other_precisions(
+                bundle, opened.graphs.network("transformer").precision
+            )
         ]
         texts = request.texts or _unseen_texts(_standin(bundle.export.model.digest), recorded)
         plan = _plan(request, texts, recorded, steps, rounded)
