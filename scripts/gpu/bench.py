@@ -27,7 +27,7 @@ from meancache_trt.engine.probe import Driver
 from meancache_trt.engine.select import available_backends
 from meancache_trt.engine.survey import survey
 from meancache_trt.engine.tensorrt.library import FLAVOURS
-from meancache_trt.errors import MeanCacheError
+from meancache_trt.errors import MeanCacheError, PlanError
 from meancache_trt.meancache.loop import OnEvaluation
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.runtime import Runtime
@@ -138,7 +138,7 @@ class Bench:
                 try:
                     with self.pair(backend, subject) as pair:
                         yield from look(pair, backend)
-                except (MeanCacheError, subprocess.CalledProcessError, ImportError) as error:
+                except (MeanCacheError, ImportError) as error:
                     broken = record.failed("open", f"{type(error).__name__}: {error}")
                     yield msgspec.structs.replace(broken, backend=backend, subject=subject)
 
@@ -273,12 +273,15 @@ def _ranges(bundle: Bundle) -> list[str]:
 def build_plans(bundle: Bundle, flavour: str, *options: str) -> None:
     """Have `meancache-trt plan` build what is missing, in a process of its own.
 
-    Raises `CalledProcessError` where it fails; what it says is on standard error.
+    Raises `PlanError` with its words where it fails.
     """
     command = [sys.executable, "-m", "meancache_trt.cli", "plan", str(bundle.directory)]
-    subprocess.run(
-        [*command, "--backend", flavour, *options], check=True, stdout=subprocess.DEVNULL
+    done = subprocess.run(
+        [*command, "--backend", flavour, *options], capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise PlanError(f"`meancache-trt plan` failed: {words[-1]}")
 
 
 def _say(message: str) -> None:
