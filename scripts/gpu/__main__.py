@@ -147,8 +147,17 @@ def _settings(options: argparse.Namespace, folder: Path, driver: Driver) -> Sett
         cycles=3 if options.rehearse else options.cycles,
         limit_s=options.limit,
         absent=tuple(absent),
+        precisions=() if options.rehearse else _precisions(driver),
         blocks=options.blocks,
     )
+
+
+def _precisions(driver: Driver) -> tuple[str, ...]:
+    """What the first GPU computes fast in: Turing, 7.5, has no bfloat16. None without a GPU."""
+    if not driver.gpus:
+        return ()
+    major = int(driver.gpus[0].compute_capability.partition(".")[0])
+    return ("bfloat16",) if major >= 8 else ("float16",)
 
 
 def _part(one: Slice, settings: Settings) -> Part:

@@ -49,7 +49,8 @@ class Settings:
     """How much is done.
 
     `limit_s` is what a slice may take, `rounds` how often something is timed, `absent` a skipped
-    check for each backend that cannot run here.
+    check for each backend that cannot run here, `precisions` those of graphs beside the float32
+    ones.
     """
 
     work: Path
@@ -60,6 +61,7 @@ class Settings:
     cycles: int
     limit_s: float
     absent: tuple[Check, ...] = ()
+    precisions: tuple[str, ...] = ()
     blocks: tuple[int, int] | None = None
 
 
@@ -104,7 +106,7 @@ class Bench:
         options = stages.ExportOptions(
             size=stages.picture_size(checkpoint, None, None),
             batch=Range.parse(f"1/1/{SAMPLES}"),
-            precisions=() if self.settings.is_rehearsal else ("bfloat16",),
+            precisions=self.settings.precisions,
             is_parity_checked=False,
         )
         return stages.export(checkpoint, target, options, note=_say, is_forced=False)

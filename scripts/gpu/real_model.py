@@ -30,7 +30,10 @@ _SMALL_CLIP = {"num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 49
 
 @dataclass(frozen=True)
 class RealModel:
-    """Where its bundle lies, and how many blocks it has; `is_tiny` for a rehearsal."""
+    """Where its bundle lies, and how many blocks it has; `is_tiny` for a rehearsal.
+
+    It is in bfloat16, as it is published; a GPU that has none runs the float32 graphs.
+    """
 
     work: Path
     blocks: Blocks

@@ -77,7 +77,8 @@ def test_an_unknown_slice_is_wrong_usage():
 
 
 def test_parts_of_several_calls_add_to_the_record_that_is_named(tmp_path):
-    environment = driver_environment(tmp_path)  # a GPU that nothing can run on
+    pytest.importorskip("tensorrt_rtx")
+    environment = driver_environment(tmp_path, "MAJOR=9", "MINOR=0")
     path = tmp_path / "gpu.json"
     for slices in (["facts"], ["overhead"]):
         gpu_check(*slices, "--work", tmp_path, "-o", path, "--limit", 0, **environment)
@@ -86,6 +87,8 @@ def test_parts_of_several_calls_add_to_the_record_that_is_named(tmp_path):
     assert list(found.parts) == ["facts", "overhead"]
     assert not found.is_rehearsal
     assert "# Fake GPU" in path.with_suffix(".md").read_text()
+    absent = {check.backend: check.note for check in found.parts["overhead"].checks}
+    assert "builds for 7.5, 8.0, 8.6, 8.9, 12.0" in absent["tensorrt_rtx"]
 
 
 def test_a_rehearsal_runs_every_quick_slice_and_is_marked_as_one(bundle, tmp_path):
