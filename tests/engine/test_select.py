@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import time
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,13 +26,11 @@ without_gpu = pytest.mark.skipif(bool(probe().gpus), reason="there is a GPU: not
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose driver sees a GPU; nothing is opened on it."""
-    monkeypatch.setattr(select, "find_gpu", lambda index=0: GPU)
+    monkeypatch.setattr(select, "find_gpu", lambda _=0: GPU)
 
 
 @pytest.fixture
 def bundle(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    import shutil  # noqa: PLC0415
-
     own = tmp_path / "own.mcb"
     shutil.copytree(shared_export("flux", tmp_path_factory).directory, own, symlinks=True)
     return Bundle.open(own)
@@ -145,10 +143,3 @@ def test_every_backend_says_whether_it_can_run_and_why_not() -> None:
     assert [name for name, state in states.items() if state.is_available] == ["onnxruntime"]
     assert states["tensorrt_rtx"].state.startswith("no GPU: expected an NVIDIA GPU, but")
     assert "is not installed" in states["tensorrt"].state
-
-
-def test_a_missing_driver_is_found_without_waiting() -> None:
-    start = time.monotonic()
-    probe()
-    # Not a speed: the probe's own limit is ten seconds, and a hang is what this guards against.
-    assert time.monotonic() - start < 15
