@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from meancache_trt import load
 from meancache_trt.bundle import Bundle
@@ -58,12 +57,14 @@ def test_it_says_so_before_the_bundle_is_read(backend: str, tmp_path: Path) -> N
 
 
 @without_gpu
-def test_the_command_line_ends_with_that_message_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_command_line_ends_with_that_message_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "pictures"
     arguments = ["render", str(tmp_path / "absent.mcb"), "--backend", "tensorrt_rtx"]
-    done = CliRunner().invoke(main, [*arguments, "--prompt", "x", "-o", str(output)])
-    assert done.exit_code == 1
-    assert "expected an NVIDIA GPU" in done.output
+    with pytest.raises(SystemExit, match="1"):
+        main([*arguments, "--prompt", "x", "-o", str(output)])
+    assert "error: expected an NVIDIA GPU" in capsys.readouterr().err
     assert not output.exists()
 
 

@@ -19,7 +19,7 @@ from meancache_trt.errors import PlanMismatchError, RenderError
 from meancache_trt.meancache.files import encode_json
 from tests.engine.tensorrt.conftest import Open, Opened
 from tests.fakes.cuda import FakeDevice
-from tests.fakes.plans import Change, add_plan
+from tests.fakes.plans import Change, add_plan, addition_name
 
 NAME = "vae_decoder"
 
@@ -66,7 +66,7 @@ def test_a_plan_for_something_else_is_named(
 def test_a_plan_of_another_graph_is_not_used(bundle: Bundle, open_fake: Open) -> None:
     record = add_plan(bundle, NAME)
     other = msgspec.structs.replace(record.key, graph="0" * 64)
-    name = f"plans/{record.key.digest[:16]}"
+    name = addition_name(record.key)
     bundle.add_file(name, encode_json(msgspec.structs.replace(record, key=other)))
     with open_fake() as fake, pytest.raises(PlanMismatchError, match="expected a plan of"):
         load(fake)
@@ -114,7 +114,7 @@ def test_an_engine_with_other_tensors_than_its_record_is_refused(
     bundle: Bundle, open_fake: Open, wrong: dict[str, dict[str, PlanTensor]]
 ) -> None:
     record = add_plan(bundle, NAME)
-    name = f"plans/{record.key.digest[:16]}"
+    name = addition_name(record.key)
     bundle.add_file(name, encode_json(msgspec.structs.replace(record, **wrong)))
     with open_fake() as fake, pytest.raises(PlanMismatchError, match="is not what its record says"):
         load(fake).bind(tensors(fake))
