@@ -245,7 +245,7 @@ def _text(tensors: Mapping[str, PlanTensor]) -> str:
 
 def _dtype_name(dtype: Any) -> str:
     name = str(dtype.name)
-    return _DTYPES.get(name, name)
+    return _DTYPES.get(name, name.lower())
 
 
 def _freeing(natives: list[Any]) -> Any:

@@ -35,7 +35,7 @@ class RuntimeCache:
     ) -> None:
         base = directory or Path(platformdirs.user_cache_dir("meancache-trt")) / "tensorrt"
         words = f"{library.flavour}-{library.version}-{product}-{compute_capability}"
-        self.path = base / f"{re.sub(r'[^A-Za-z0-9.]+', '-', words)}.cache"
+        self.path = base / f"{re.sub(r'[^A-Za-z0-9._]+', '-', words)}.cache"
         self.problem: str | None = None
         self._native: Any = None
         self._stored = b""

@@ -24,6 +24,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from meancache_trt.bundle import Bundle
+from meancache_trt.engine.cuda.device import ALIGNMENT_BYTES
 from meancache_trt.engine.select import check_backend, open_runtime
 from meancache_trt.errors import InputError
 from meancache_trt.export.job import PIPELINE_FOLDER
@@ -224,7 +225,10 @@ class EngineTransformer:
                 "torch.no_grad(), as diffusers pipelines do"
             )
         dtype = _torch_dtype(self._component.inputs[name])
-        return value.detach().to(self.device, dtype).contiguous()
+        placed = value.detach().to(self.device, dtype).contiguous()
+        # A part of a tensor may begin anywhere; TensorRT takes aligned addresses only.
+        is_skewed = self.device.type == "cuda" and placed.data_ptr() % ALIGNMENT_BYTES
+        return placed.clone() if is_skewed else placed
 
     def _run(self, inputs: Tensors) -> torch.Tensor:
         # Bound anew at each call: pipelines hand over other memory each time, and both velocities

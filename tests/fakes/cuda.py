@@ -55,7 +55,7 @@ class FakeMemory:
     @property
     def pointer(self) -> int:
         if not self._block.is_alive:
-            raise RenderError("this memory was freed")
+            raise RenderError("this memory was freed when its runtime was closed; open it again")
         return self._block.pointer
 
     def lend(self) -> None:

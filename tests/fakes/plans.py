@@ -66,7 +66,7 @@ def add_plan(
     path = str(bundle.component_path(component))
     plan = change(PlanText(path, version, compute_capability, ranges))
     content = msgspec.json.encode(plan)
-    file = PlanFile(f"plans/{key.digest[:16]}.plan", len(content), digest_of(content))
+    file = PlanFile(f"{addition_name(key)}.plan", len(content), digest_of(content))
     (bundle.directory / "plans").mkdir(exist_ok=True)
     (bundle.directory / file.path).write_bytes(content)
     record = PlanRecord(
@@ -79,8 +79,15 @@ def add_plan(
         peak_memory_bytes=0,
         built_at=(_START + timedelta(seconds=len(PlanStore(bundle).records()))).isoformat(),
     )
-    bundle.add_file(f"plans/{key.digest[:16]}", encode_json(record))
+    bundle.add_file(addition_name(key), encode_json(record))
     return record
+
+
+def addition_name(key: PlanKey) -> str:
+    """What a plan's sidecar is called in the manifest."""
+    component = key.component.replace("/", "-")
+    capability = key.compute_capability.replace(".", "")
+    return f"plans/{component}.sm{capability}.{key.digest[:12]}"
 
 
 def plan_everything(

@@ -25,6 +25,7 @@ from meancache_trt.engine.cuda.device import ALIGNMENT_BYTES
 from meancache_trt.engine.onnxruntime import HostTensor, OnnxRuntime, OnnxRuntimeGraph
 from meancache_trt.engine.tensorrt.library import Flavour, Library
 from meancache_trt.engine.tensorrt.record import Shape, ShapeRange
+from meancache_trt.meancache.hashing import sha256_of
 from tests.fakes.cuda import Block, FakeDevice, Operation, RuleBroken
 
 MAGIC = "fake plan"
@@ -91,6 +92,15 @@ class PlanText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     magic: str = MAGIC
 
 
+_LOADED: dict[tuple[str, ...], OnnxRuntimeGraph] = {}  # copies of one bundle share them
+
+
+def _loaded(path: str, digests: tuple[str, ...]) -> OnnxRuntimeGraph:
+    if digests not in _LOADED:
+        _LOADED[digests] = OnnxRuntime(1).load(Path(path))
+    return _LOADED[digests]
+
+
 @dataclass
 class World:
     """What the objects of one fake library share."""
@@ -104,7 +114,8 @@ class World:
     def graph(self, path: str) -> OnnxRuntimeGraph:
         """The same kernels on the CPU, on one thread."""
         if path not in self.graphs:
-            self.graphs[path] = OnnxRuntime(1).load(Path(path))
+            files = [Path(path), *sorted(Path(path).parent.glob("*.safetensors"))]
+            self.graphs[path] = _loaded(path, tuple(map(sha256_of, files)))
         return self.graphs[path]
 
     def born(self, what: str, thing: object, users: Callable[[], int] = lambda: 0) -> Life:
@@ -432,7 +443,10 @@ class Runtime(_Strict):
         if plan is None or problem:
             self._log(f"deserialisation failed: {problem}")
             return None
-        return self._engine_type(self._world, plan, self._log)
+        logger = self._logger  # and not this runtime, which an engine does not keep alive here
+        return self._engine_type(
+            self._world, plan, lambda message: logger.log(Severity.ERROR, message)
+        )
 
     def _problem(self, plan: PlanText) -> str | None:
         if plan.version != self._world.version:
