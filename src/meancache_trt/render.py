@@ -19,16 +19,17 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.embedding_cache import open_cache
 from meancache_trt.encoding import BundleEncoder
-from meancache_trt.engine.select import open_runtime
+from meancache_trt.engine.select import check_backend, open_runtime
 from meancache_trt.errors import InputError, ScheduleError
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.manifest import Resolution, check_guidance
 from meancache_trt.meancache.files import atomic_write, encode_json
 from meancache_trt.meancache.hashing import digest_of
 from meancache_trt.meancache.noise import philox_normal, torch_normal
+from meancache_trt.meancache.runtime import Runtime
 from meancache_trt.meancache.schedule import Schedule
-from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
-from meancache_trt.selection import check_grid, find_resolution, find_schedule
+from meancache_trt.meancache.sigmas import SigmaGrid
+from meancache_trt.selection import check_grid, find_resolution, find_schedule, pipeline_grid
 from meancache_trt.session import Graphs, Session
 from meancache_trt.text_length import cut_to_bucket
 
@@ -111,7 +112,11 @@ class Rendering:
 
 
 class Pipeline:
-    """A bundle on a backend. A context manager; not thread-safe. `load` explains the arguments."""
+    """A bundle on a backend. A context manager; not thread-safe.
+
+    `load` explains the arguments. A `runtime` is used instead of opening the backend; the caller
+    closes it, after the pipeline.
+    """
 
     def __init__(
         self,
@@ -119,13 +124,16 @@ class Pipeline:
         *,
         backend: str = "auto",
         threads: int = 0,
+        runtime: Runtime | None = None,
+        precision: str | None = None,
         embedding_cache: Path | str | None = None,
         text_precision: TextPrecision = "float32",
         keep_encoders: bool = True,
     ) -> None:
         self.bundle = bundle
-        self.runtime = open_runtime(backend, threads=threads)
-        self.graphs = Graphs(bundle, self.runtime)
+        self._is_owner = runtime is None
+        self.runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads)
+        self.graphs = Graphs(bundle, self.runtime, precision)
         self._sessions: dict[tuple[Schedule, tuple[int, ...], int], Session] = {}
         self._encoder = BundleEncoder(
             self.graphs,
@@ -135,7 +143,8 @@ class Pipeline:
         )
 
     def __enter__(self) -> Self:
-        self.runtime.__enter__()
+        if self._is_owner:
+            self.runtime.__enter__()
         return self
 
     def __exit__(
@@ -145,7 +154,8 @@ class Pipeline:
         trace: TracebackType | None,
     ) -> None:
         self._sessions.clear()
-        self.runtime.__exit__(kind, error, trace)
+        if self._is_owner:
+            self.runtime.__exit__(kind, error, trace)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with the bundle's text encoders, each once; see `load` for the cache.
@@ -158,16 +168,7 @@ class Pipeline:
     def grid(self, steps: int, resolution: Resolution | None = None) -> SigmaGrid:
         """The grid that the checkpoint's own pipeline would use with this many steps."""
         export = self.bundle.export
-        size = resolution or export.resolution
-        return grid_from_config(
-            export.scheduler,
-            steps,
-            convention=export.grid,
-            image_tokens=size.symbols["image_tokens"],
-            height=size.height,
-            width=size.width,
-            frames=size.frames,
-        )
+        return pipeline_grid(export, steps, resolution or export.resolution)
 
     def resolution(
         self, height: int | None = None, width: int | None = None, frames: int | None = None
@@ -336,6 +337,7 @@ def load(
     *,
     backend: str = "auto",
     threads: int = 0,
+    precision: str | None = None,
     is_full_check: bool = False,
     embedding_cache: Path | str | None = None,
     text_precision: TextPrecision = "float32",
@@ -347,6 +349,8 @@ def load(
         bundle: the directory.
         backend: "auto" or a name that `meancache-trt doctor` lists.
         threads: cores that one graph may use; 0 means all.
+        precision: of the transformer's graph, where the bundle has several; by default what the
+            backend prefers.
         is_full_check: hash the weights even where their size and times are unchanged.
         embedding_cache: the directory where encoded prompts are kept, at most 1 GiB of them; by
             default in the user's cache directory, "off" for none.
@@ -358,12 +362,15 @@ def load(
     Raises:
         BundleError: where it is damaged or no bundle.
         RuntimeUnavailableError: where the backend cannot run here.
+        PlanMismatchError: where it needs plans, and the bundle has none for it.
     """
+    check_backend(backend)  # before anything is read and hashed
     opened = Bundle.open(bundle, is_full_check=is_full_check)
     return Pipeline(
         opened,
         backend=backend,
         threads=threads,
+        precision=precision,
         embedding_cache=embedding_cache,
         text_precision=text_precision,
         keep_encoders=keep_encoders,

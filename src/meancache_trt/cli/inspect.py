@@ -1,14 +1,9 @@
-"""`inspect` and `doctor`."""
+"""`inspect`: what a bundle or a schedule file holds."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -17,26 +12,11 @@ from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.cli import options
 from meancache_trt.cli.output import decibels, print_json, print_table, show_schedule
 from meancache_trt.cli.plan_table import ListedPlan, list_plans, plan_facts, print_plans
-from meancache_trt.engine.select import available_backends
 from meancache_trt.errors import PlanMismatchError
 from meancache_trt.meancache.schedule import Schedule, load_schedule
 from meancache_trt.measured import describe, measured_in
 from meancache_trt.selection import calibrated_size
 from meancache_trt.shapes import Ranges
-
-_PACKAGES = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx",
-    "cuda-python",
-    "torch",
-    "diffusers",
-    "transformers",
-    "tokenizers",
-    "onnx",
-    "numpy",
-)
 
 
 @click.command()
@@ -55,36 +35,6 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
     unusable = [plan.problem for plan in plans if plan.problem is not None]
     if verify and unusable:  # said last: everything else renders without it
         raise PlanMismatchError("; ".join(unusable))
-
-
-@click.command()
-@options.as_json
-def doctor(as_json: bool) -> None:
-    """Show what this machine can run, and what will be chosen."""
-    facts = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "backends": available_backends(),
-    }
-    if as_json:
-        print_json(facts)
-        return
-    print_table(["machine", ""], [[k, facts[k]] for k in ("python", "platform", "cores")])
-    click.echo()
-    packages: Any = facts["packages"]
-    print_table(["package", "version"], [[k, v or "not installed"] for k, v in packages.items()])
-    click.echo()
-    print_table(["backend", ""], [[b.name, b.state] for b in available_backends()])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _inspect_schedule(schedule: Schedule, *, as_json: bool) -> None:

@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from meancache_trt.meancache.schedule import Schedule
 
@@ -60,7 +61,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # no markup: [cpu] is to be seen
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
