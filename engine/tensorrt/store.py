@@ -202,7 +202,7 @@ class PlanStore:
         found = [
             record
             for record in of_component
-            if _made_by(record) == wanted and _serves(record.key, capability)
+            if _made_by(record) == wanted and serves(record.key, capability)
         ]
         if not found:
             others = "; ".join(sorted({_described(record) for record in of_component}))
@@ -242,7 +242,7 @@ def _made_by(record: PlanRecord) -> tuple[str, str, str]:
     return record.key.graph, record.key.flavour, record.key.version
 
 
-def _serves(key: PlanKey, capability: str) -> bool:
+def serves(key: PlanKey, capability: str) -> bool:
     """Whether a plan runs on GPUs of a compute capability."""
     if key.options.hardware_compatibility == "ampere_plus":
         return has_bfloat16(capability)  # Ampere was the first that has it

@@ -23,7 +23,7 @@ from meancache_trt.engine.select import BackendState, available_backends, choose
 from meancache_trt.engine.survey import LibraryState, survey
 from meancache_trt.engine.tensorrt.library import EXTRAS, FLAVOURS, Flavour
 from meancache_trt.engine.tensorrt.record import PlanRecord
-from meancache_trt.engine.tensorrt.store import KIND, graph_digest
+from meancache_trt.engine.tensorrt.store import KIND, graph_digest, serves
 from meancache_trt.errors import BundleError, MeanCacheError
 from meancache_trt.meancache.files import decode_json
 from meancache_trt.meancache.schedule import Schedule
@@ -240,6 +240,6 @@ def _fits(
         reasons.append(f"{key.flavour} here is {state.version or state.problem}")
     if not driver.gpus:
         reasons.append(cast("str", driver.problem))
-    elif driver.gpus[0].compute_capability != key.compute_capability:
+    elif not serves(key, driver.gpus[0].compute_capability):
         reasons.append(f"the GPU's compute capability is {driver.gpus[0].compute_capability}")
     return Verdict(is_usable=not reasons, why="; ".join(reasons) or "fits this GPU and library")
