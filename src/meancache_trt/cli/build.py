@@ -129,11 +129,10 @@ def build(
     checkpoint = stages.find_model(model)
     known = None if force else output
     first, *further = resolutions or (one_size(checkpoint, known, height, width, frames),)
-    prompts = prompts_of(checkpoint, file)
     recording = RecordOptions(
         size=(first.height, first.width),
         frames=first.frames,
-        prompts=prompts,
+        prompts=prompts_of(checkpoint, file),
         steps=steps,
         samples=samples,
         guidance_scale=scale,
