@@ -1,6 +1,6 @@
 """Memory of a build, predicted and measured: FLUX.1-dev's width, fewer blocks, random weights.
 
-Needs 3 GB of free memory more than its largest prediction, and 6 GB of free disk.
+Needs 6 GB of free memory and 6 GB of free disk.
 """
 
 from __future__ import annotations

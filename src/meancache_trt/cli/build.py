@@ -13,6 +13,7 @@ from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.calibration.baking import BakeOptions
 from meancache_trt.calibration.target import Goal
+from meancache_trt.calibration.trajectories import Trajectories
 from meancache_trt.cli import options, planning
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
 from meancache_trt.cli.output import hush_libraries, note, print_json, progress, transient_progress
@@ -20,7 +21,7 @@ from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.measured import measure
 from meancache_trt.plan import plan
-from meancache_trt.plan_targets import PlanOptions, find_targets
+from meancache_trt.plan_targets import PlanOptions, Target, find_targets
 from meancache_trt.record import RecordOptions
 from meancache_trt.shapes import PictureSize, Range
 
@@ -122,17 +123,16 @@ def build(
     wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, stages.DEFAULT_BUDGETS)
     options.check_samples(samples, method, wanted)
     scale, scales = options.guidance_of(guidance_scale)
-    found: list[str] = []
-    targets = find_targets(backend, planning, note=found.append)
+    reasons: list[str] = []
+    targets = find_targets(backend, planning, note=reasons.append)
     hush_libraries()
     checkpoint = stages.find_model(model)
     known = None if force else output
     first, *further = resolutions or (one_size(checkpoint, known, height, width, frames),)
-    prompts = prompts_of(checkpoint, file)
     recording = RecordOptions(
         size=(first.height, first.width),
         frames=first.frames,
-        prompts=prompts,
+        prompts=prompts_of(checkpoint, file),
         steps=steps,
         samples=samples,
         guidance_scale=scale,
@@ -150,15 +150,10 @@ def build(
         parity_gib=parity_memory,
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
-    for text in found:
-        note(text)
-    plan([bundle], targets, planning, note=note, progress=transient_progress, is_forced=force)
+    _plan(bundle, targets, planning, reasons, is_forced=force)
     recording = replace(recording, text_tokens=bundle.export.text_tokens)
     work = stages.calibration_directory(bundle, checkpoint, exporting)
-    with progress("calibrate") as report:
-        trajectories = stages.record_pipeline(
-            checkpoint, work, recording, note=note, report=report, is_forced=force
-        )
+    trajectories = _record(checkpoint, work, recording, is_forced=force)
     stages.bake_into(
         bundle,
         trajectories,
@@ -224,6 +219,29 @@ def export(
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
     inspect_bundle(bundle, as_json=as_json)
+
+
+def _plan(
+    bundle: Bundle,
+    targets: Sequence[Target],
+    planning: PlanOptions,
+    reasons: Sequence[str],
+    *,
+    is_forced: bool,
+) -> None:
+    """Build plans; `reasons` say why there are no more targets."""
+    for reason in reasons:
+        note(reason)
+    plan([bundle], targets, planning, note=note, progress=transient_progress, is_forced=is_forced)
+
+
+def _record(
+    checkpoint: Checkpoint, directory: Path, recording: RecordOptions, *, is_forced: bool
+) -> Trajectories:
+    with progress("calibrate") as report:
+        return stages.record_pipeline(
+            checkpoint, directory, recording, note=note, report=report, is_forced=is_forced
+        )
 
 
 def report_schedules(bundle: Bundle, *, as_json: bool) -> None:
