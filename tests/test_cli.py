@@ -309,7 +309,7 @@ def test_doctor_reports_packages_and_backends(run):
     facts = json.loads(out)
     assert status == 0
     assert facts["packages"]["onnxruntime"]
-    assert facts["backends"][0]["is_available"]
+    assert any(backend["is_available"] for backend in facts["backends"])
     assert run("doctor")[0] == 0
 
 
