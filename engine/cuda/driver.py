@@ -356,7 +356,7 @@ def open_device(gpu: Gpu) -> Device:
         from cuda.bindings import driver  # noqa: PLC0415  (an optional dependency)
     except ImportError as error:
         raise RuntimeUnavailableError(
-            f"a GPU needs the package cuda-bindings ({error}); run "
-            "`pip install 'meancache-trt[rtx]'`, or use `--backend onnxruntime`"
+            f"a GPU needs the package cuda-bindings ({error}); run `pip install cuda-bindings`, "
+            "or use `--backend onnxruntime`"
         ) from error
     return DriverDevice(gpu, driver)

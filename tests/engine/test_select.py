@@ -25,7 +25,7 @@ without_gpu = pytest.mark.skipif(bool(probe().gpus), reason="there is a GPU: not
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose driver sees a GPU; nothing is opened on it."""
-    monkeypatch.setattr(select, "find_gpu", lambda _=0: GPU)
+    monkeypatch.setattr(select, "find_gpu", lambda *_: GPU)
 
 
 @pytest.fixture

@@ -271,6 +271,9 @@ class IExecutionContext(_Strict):
         tensors = self._bound()
         if stream.captured is not None:
             self._check_capture()
+            if not self._plan.is_capturable:
+                self._log("operation not permitted when stream is capturing")
+                return False
         else:
             self._warm_shapes = dict(self._shapes)
             self._world.device.enqueued.append(Path(self._plan.graph).as_posix())
@@ -308,7 +311,9 @@ class IExecutionContext(_Strict):
     def _check_capture(self) -> None:
         if self._warm_shapes != self._shapes:
             raise RuleBroken("a capture before the first enqueue with these shapes")
-        if self._is_streaming or not self._plan.is_capturable:
+        # Who can ask beforehand has to; without `is_stream_capturable` it only shows by failing.
+        could_be_asked = hasattr(self, "is_stream_capturable")
+        if self._is_streaming or (could_be_asked and not self._plan.is_capturable):
             raise RuleBroken("this engine cannot be captured")
 
     def _work(
@@ -419,6 +424,19 @@ class ICudaEngineRtx(ICudaEngine):
     _config_type = IRuntimeConfigRtx
 
 
+class ICudaEngineOld(ICudaEngine):
+    """An engine of a version that has no runtime configurations."""
+
+    @property
+    def create_runtime_config(self) -> Any:  # type: ignore[override]
+        raise AttributeError("create_runtime_config")
+
+    def create_execution_context(self, strategy: Any) -> IExecutionContext:
+        config = IRuntimeConfig(self._world)
+        config.set_execution_context_allocation_strategy(strategy)
+        return super().create_execution_context(config)
+
+
 class Runtime(_Strict):
     _engine_type: type[ICudaEngine] = ICudaEngine
 
@@ -459,6 +477,10 @@ class Runtime(_Strict):
         self._logger.log(Severity.ERROR, message)
 
 
+class RuntimeOld(Runtime):
+    _engine_type = ICudaEngineOld
+
+
 class RuntimeRtx(Runtime):
     _engine_type = ICudaEngineRtx
 
@@ -472,11 +494,17 @@ class RuntimeRtx(Runtime):
 
 
 def fake_library(
-    device: FakeDevice, flavour: Flavour = "tensorrt_rtx", version: str = VERSION
+    device: FakeDevice,
+    flavour: Flavour = "tensorrt_rtx",
+    version: str = VERSION,
+    *,
+    is_old: bool = False,
 ) -> tuple[Library, World]:
     """A flavour whose engines run on the fake device, and what its objects share."""
     world = World(device, version)
-    runtime_type = RuntimeRtx if flavour == "tensorrt_rtx" else Runtime
+    runtime_type: type[Runtime] = RuntimeOld if is_old else Runtime
+    if flavour == "tensorrt_rtx":
+        runtime_type = RuntimeRtx
     module = SimpleNamespace(
         ILogger=ILogger,
         Runtime=lambda logger: runtime_type(world, logger),

@@ -77,9 +77,10 @@ def open_fake(bundle: Bundle, tmp_path: Path) -> Open:
         version: str = VERSION,
         device: FakeDevice | None = None,
         stream: object | None = None,
+        is_old: bool = False,
     ) -> Opened:
         device = device or FakeDevice()
-        library, world = fake_library(device, flavour, version)
+        library, world = fake_library(device, flavour, version, is_old=is_old)
         runtime = TensorRtRuntime(
             bundle, library, device, stream=stream, cache_directory=tmp_path / "cache"
         )
