@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from meancache_trt.bundle import Bundle
 from meancache_trt.cli import options
 from meancache_trt.cli.output import print_json, print_table
-from meancache_trt.doctor import BundleReport, FlavourReport, Report, Verdict, examine
+from meancache_trt.doctor import BundleReport, FlavourReport, PlanReport, Report, Verdict, examine
 from meancache_trt.engine.survey import LibraryState
 
 
@@ -106,10 +107,19 @@ def _print_bundle(report: BundleReport) -> None:
         click.echo(
             f"schedule {schedule.name}, {schedule.budget} evaluations: {_said(schedule.verdict)}"
         )
-    for plan in report.plans:
-        what = f"{plan.component} for {plan.built_for}: " if plan.component else ""
-        click.echo(f"plan {plan.path}: {what}{_said(plan.verdict)}")
-    if not report.plans:
+    _print_plans(report.plans)
+
+
+def _print_plans(plans: Sequence[PlanReport]) -> None:
+    """One line for all plans of which the same is to be said; `--json` has each."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for plan in plans:
+        said = _said(plan.verdict)
+        alike.setdefault((plan.built_for, said), []).append(plan.component or plan.path)
+    for (built_for, said), names in alike.items():
+        what = f"plans for {built_for} ({', '.join(names)})" if built_for else ", ".join(names)
+        click.echo(f"{what}: {said}")
+    if not plans:
         click.echo("no plans; `meancache-trt plan` builds them")
 
 
