@@ -5,51 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import click
 
 from meancache_trt import build as stages
-from meancache_trt.bundle import MANIFEST, Bundle
+from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.baking import BakeOptions
-from meancache_trt.calibration.target import Goal
 from meancache_trt.calibration.trajectories import Trajectories
-from meancache_trt.cli import options, planning
+from meancache_trt.cli import calibrating, exporting, options, planning, sizes
+from meancache_trt.cli.calibrating import Calibrating
+from meancache_trt.cli.exporting import Exporting
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
 from meancache_trt.cli.output import hush_libraries, note, print_json, progress, transient_progress
-from meancache_trt.cli.render import read_prompts
+from meancache_trt.cli.sizes import Sizes
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.measured import measure
 from meancache_trt.plan import plan
 from meancache_trt.plan_targets import PlanOptions, Target, find_targets
 from meancache_trt.record import RecordOptions
-from meancache_trt.shapes import PictureSize, Range
+from meancache_trt.shapes import Range
 
-_weights = click.option(
-    "--weights",
-    type=click.Choice(["link", "copy"]),
-    default="link",
-    show_default=True,
-    help="link: share the checkpoint's files; copy: a bundle that travels.",
-)
-_precision = click.option(
-    "--precision",
-    "precisions",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    multiple=True,
-    help="Graphs beside the float32 one; may be given several times. By default bfloat16 where the "
-    "checkpoint is stored so.",
-)
-_skip_parity = click.option(
-    "--skip-parity", is_flag=True, help="Do not compare the graphs with diffusers."
-)
-_parity_memory = click.option(
-    "--parity-memory",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="GIB",
-    help="Memory that the comparison may take; by default what is free. A network that does not "
-    "fit is compared by the first of each kind of block.",
-)
 _output = click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="The bundle to make."
 )
@@ -58,25 +33,11 @@ _output = click.option(
 @click.command()
 @options.model
 @_output
-@options.resolutions
-@options.height
-@options.width
-@options.frames
+@sizes.options
 @options.batch
 @options.text_tokens
-@options.steps
-@options.guidance_to_calibrate
-@options.budgets
-@options.target_psnr
-@options.percentile
-@options.confidence
-@options.method
-@options.samples
-@options.prompts
-@_weights
-@_precision
-@_skip_parity
-@_parity_memory
+@calibrating.options_of_build
+@exporting.options
 @options.backend
 @options.threads
 @planning.options
@@ -85,25 +46,11 @@ _output = click.option(
 def build(
     model: str,
     output: Path,
-    resolutions: tuple[PictureSize, ...],
-    height: int | None,
-    width: int | None,
-    frames: int | None,
+    sizes: Sizes,
     batch: Range | None,
     text_tokens: int | None,
-    steps: int,
-    guidance_scale: float | tuple[float, float] | None,
-    budgets: tuple[tuple[int, ...], ...],
-    target_psnr: float | None,
-    percentile: float | None,
-    confidence: float | None,
-    method: str,
-    samples: int,
-    file: Path | None,
-    weights: Literal["link", "copy"],
-    precisions: tuple[str, ...],
-    skip_parity: bool,
-    parity_memory: float | None,
+    calibrating: Calibrating,
+    exporting: Exporting,
     backend: str,
     threads: int,
     planning: PlanOptions,
@@ -119,46 +66,24 @@ def build(
     Of several resolutions the first is calibrated; the command again, with another one first, adds
     schedules for that one, called bN-WIDTHxHEIGHT.
     """
-    options.check_one_way(resolutions, height, width, frames)
-    wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, stages.DEFAULT_BUDGETS)
-    options.check_samples(samples, method, wanted)
-    scale, scales = options.guidance_of(guidance_scale)
+    wanted = calibrating.wanted(stages.DEFAULT_BUDGETS)
     reasons: list[str] = []
     targets = find_targets(backend, planning, note=reasons.append)
     hush_libraries()
     checkpoint = stages.find_model(model)
-    known = None if force else output
-    first, *further = resolutions or (one_size(checkpoint, known, height, width, frames),)
-    recording = RecordOptions(
-        size=(first.height, first.width),
-        frames=first.frames,
-        prompts=prompts_of(checkpoint, file),
-        steps=steps,
-        samples=samples,
-        guidance_scale=scale,
-        guidance_range=scales,
-        text_tokens=text_tokens,
-        budgets=() if isinstance(wanted, Goal) else wanted,
-    )
-    exporting = _exporting(
-        (first, *further),
-        batch,
-        text_tokens,
-        weights,
-        precisions,
-        is_parity_checked=not skip_parity,
-        parity_gib=parity_memory,
-    )
-    bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
+    asked = sizes.of(checkpoint, None if force else output)
+    recording = calibrating.recording(checkpoint, asked[0], text_tokens, wanted)
+    exported = exporting.of(asked, batch, text_tokens)
+    bundle = stages.export(checkpoint, output, exported, note=note, is_forced=force)
     _plan(bundle, targets, planning, reasons, is_forced=force)
     recording = replace(recording, text_tokens=bundle.export.text_tokens)
-    work = stages.calibration_directory(bundle, checkpoint, exporting)
+    work = stages.calibration_directory(bundle, checkpoint, exported)
     trajectories = _record(checkpoint, work, recording, is_forced=force)
     stages.bake_into(
         bundle,
         trajectories,
         wanted,
-        BakeOptions(method=method),
+        BakeOptions(method=calibrating.method),
         backend=backend,
         threads=threads,
         note=note,
@@ -170,31 +95,19 @@ def build(
 @click.command()
 @options.model
 @_output
-@options.resolutions
-@options.height
-@options.width
-@options.frames
+@sizes.options
 @options.batch
 @options.text_tokens
-@_weights
-@_precision
-@_skip_parity
-@_parity_memory
+@exporting.options
 @options.force
 @options.as_json
 def export(
     model: str,
     output: Path,
-    resolutions: tuple[PictureSize, ...],
-    height: int | None,
-    width: int | None,
-    frames: int | None,
+    sizes: Sizes,
     batch: Range | None,
     text_tokens: int | None,
-    weights: Literal["link", "copy"],
-    precisions: tuple[str, ...],
-    skip_parity: bool,
-    parity_memory: float | None,
+    exporting: Exporting,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -203,21 +116,10 @@ def export(
     Where OUTPUT is a bundle of MODEL, resolutions that it does not list are added to it: its graphs
     serve them all and stay as they are.
     """
-    options.check_one_way(resolutions, height, width, frames)
     hush_libraries()
     checkpoint = stages.find_model(model)
-    known = None if force else output
-    first, *further = resolutions or (one_size(checkpoint, known, height, width, frames),)
-    exporting = _exporting(
-        (first, *further),
-        batch,
-        text_tokens,
-        weights,
-        precisions,
-        is_parity_checked=not skip_parity,
-        parity_gib=parity_memory,
-    )
-    bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
+    exported = exporting.of(sizes.of(checkpoint, None if force else output), batch, text_tokens)
+    bundle = stages.export(checkpoint, output, exported, note=note, is_forced=force)
     inspect_bundle(bundle, as_json=as_json)
 
 
@@ -259,46 +161,3 @@ def report_schedules(bundle: Bundle, *, as_json: bool) -> None:
         return
     print_schedules(schedules)
     note(f"built {bundle.directory}")
-
-
-def _exporting(
-    sizes: Sequence[PictureSize],
-    batch: Range | None,
-    text_tokens: int | None,
-    weights: Literal["link", "copy"],
-    precisions: tuple[str, ...],
-    *,
-    is_parity_checked: bool,
-    parity_gib: float | None,
-) -> stages.ExportOptions:
-    first, *further = sizes
-    return stages.ExportOptions(
-        size=(first.height, first.width),
-        frames=first.frames,
-        further_sizes=tuple(further),
-        batch=batch,
-        text_tokens=text_tokens,
-        weights=weights,
-        precisions=precisions or None,
-        is_parity_checked=is_parity_checked,
-        parity_bytes=None if parity_gib is None else int(parity_gib * 2**30),
-    )
-
-
-def one_size(
-    checkpoint: Checkpoint,
-    bundle: Path | None,
-    height: int | None,
-    width: int | None,
-    frames: int | None,
-) -> PictureSize:
-    """What --height, --width and --frames say; without them what `bundle`, if there, renders."""
-    is_any_given = (height, width, frames) != (None, None, None)
-    if bundle is not None and not is_any_given and (bundle / MANIFEST).is_file():
-        return Bundle.open(bundle).export.resolution.size
-    return PictureSize(*stages.picture_size(checkpoint, height, width), frames)
-
-
-def prompts_of(checkpoint: Checkpoint, file: Path | None) -> tuple[str, ...]:
-    """The prompts of --prompts, or those that the checkpoint is calibrated on by default."""
-    return stages.default_prompts(checkpoint) if file is None else tuple(read_prompts(file))

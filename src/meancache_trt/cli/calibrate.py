@@ -10,18 +10,17 @@ import click
 from meancache_trt import build as stages
 from meancache_trt.bundle import Bundle
 from meancache_trt.calibration.baking import BakeOptions
-from meancache_trt.calibration.target import Goal
 from meancache_trt.calibration.trajectories import Trajectories
-from meancache_trt.cli import options
-from meancache_trt.cli.build import one_size, prompts_of
+from meancache_trt.cli import calibrating, options, sizes
+from meancache_trt.cli.calibrating import Calibrating
 from meancache_trt.cli.inspect import print_schedules, schedule_facts
 from meancache_trt.cli.output import hush_libraries, note, print_json, progress
+from meancache_trt.cli.sizes import Sizes
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.pipeline import identify
 from meancache_trt.meancache.schedule import Schedule, save_schedule
-from meancache_trt.record import Recorder, RecordOptions
-from meancache_trt.shapes import PictureSize
+from meancache_trt.record import Recorder
 
 
 @click.command()
@@ -29,20 +28,9 @@ from meancache_trt.shapes import PictureSize
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to record in."
 )
-@options.resolutions
-@options.height
-@options.width
-@options.frames
+@sizes.options
 @options.text_tokens
-@options.steps
-@options.guidance_to_calibrate
-@options.samples
-@options.prompts
-@options.budgets
-@options.target_psnr
-@options.percentile
-@options.confidence
-@options.method
+@calibrating.options_of_calibrate
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
@@ -54,20 +42,9 @@ from meancache_trt.shapes import PictureSize
 def calibrate(
     model: str,
     output: Path,
-    resolutions: tuple[PictureSize, ...],
-    height: int | None,
-    width: int | None,
-    frames: int | None,
+    sizes: Sizes,
     text_tokens: int | None,
-    steps: int,
-    guidance_scale: float | tuple[float, float] | None,
-    samples: int,
-    file: Path | None,
-    budgets: tuple[tuple[int, ...], ...],
-    target_psnr: float | None,
-    percentile: float | None,
-    confidence: float | None,
-    method: str,
+    calibrating: Calibrating,
     bundle: Path | None,
     backend: str,
     threads: int,
@@ -79,38 +56,22 @@ def calibrate(
     OUTPUT/bN.json, for which the network runs again, along the schedules' own trajectories;
     `bake --calibration OUTPUT` makes more later. OUTPUT holds one resolution.
     """
-    options.check_one_way(resolutions, height, width, frames)
-    if len(resolutions) > 1:
+    if len(sizes.resolutions) > 1:
         raise click.UsageError("a calibration is of one resolution; give --resolution once")
     if bundle is None and (backend != "auto" or threads):
         raise click.UsageError("--backend and --threads are those of --bundle's engine; give it")
-    wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, ())
-    options.check_samples(samples, method, wanted)
-    scale, scales = options.guidance_of(guidance_scale)
+    wanted = calibrating.wanted(())
     hush_libraries()
     checkpoint = stages.find_model(model)
-    (size,) = resolutions or (one_size(checkpoint, None, height, width, frames),)
+    (size,) = sizes.of(checkpoint)
     engine = None if bundle is None else _engine(bundle, checkpoint)
     if engine is not None:
         text_tokens = text_tokens or engine.export.text_tokens
-    recorder = Recorder(
-        checkpoint,
-        RecordOptions(
-            size=(size.height, size.width),
-            frames=size.frames,
-            prompts=prompts_of(checkpoint, file),
-            steps=steps,
-            samples=samples,
-            guidance_scale=scale,
-            guidance_range=scales,
-            text_tokens=text_tokens,
-            budgets=() if isinstance(wanted, Goal) else wanted,
-        ),
-    )
+    recorder = Recorder(checkpoint, calibrating.recording(checkpoint, size, text_tokens, wanted))
     with progress("calibrate") as report:
         trajectories = recorder.record(output, note=note, report=report)
     schedules: tuple[Schedule, ...] = ()
-    choosing = BakeOptions(method=method)
+    choosing = BakeOptions(method=calibrating.method)
     if wanted and engine is not None:
         schedules = stages.bake_for(
             engine, trajectories, wanted, choosing, backend=backend, threads=threads, note=note

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,19 +15,11 @@ from click.core import ParameterSource
 
 from meancache_trt.build import find_model
 from meancache_trt.bundle import MANIFEST, Bundle
-from meancache_trt.calibration.evaluation import (
-    FILE,
-    Evaluation,
-    Metric,
-    ReferenceName,
-    Row,
-    compared,
-    load_evaluation,
-)
+from meancache_trt.calibration.evaluation import FILE, Evaluation, compared, load_evaluation
 from meancache_trt.cli import options
-from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
+from meancache_trt.cli.evaluation_table import print_evaluation
+from meancache_trt.cli.output import hush_libraries, note, print_json, progress
 from meancache_trt.cli.render import read_prompts
-from meancache_trt.errors import InputError
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.meancache.files import made_directory, write_json
 from meancache_trt.render import NoiseSource
@@ -35,91 +28,151 @@ if TYPE_CHECKING:
     from meancache_trt.evaluate.request import Request
 
 
+_OPTIONS = (
+    click.option(
+        "--schedules",
+        type=options.NAMES,
+        default=(),
+        help="Schedules of the bundle, or files: b10,b15. By default all that are calibrated.",
+    ),
+    click.option(
+        "--methods",
+        type=options.NAMES,
+        default=(),
+        help="Instead: methods to bake from recordings: official,euler, or all. ab2-even is one at "
+        "another placement.",
+    ),
+    click.option(
+        "--budgets",
+        type=options.BUDGETS,
+        default=(),
+        help="Evaluations an image for --methods: 6,10,15, which is the default.",
+    ),
+    click.option(
+        "--calibration",
+        type=click.Path(path_type=Path),
+        help="The recordings for --methods; by default those that `build` left beside the bundle. "
+        "Those of a pipeline are made where they are missing, in OUTPUT/calibration by default.",
+    ),
+    click.option(
+        "--calibration-samples",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Pictures to record of a pipeline.",
+    ),
+    click.option(
+        "--prompts",
+        "file",
+        type=click.Path(path_type=Path),
+        help="Prompts that were not calibrated on, one a line; by default packaged ones.",
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(min=1),
+        help="Pictures; by default one for each line of --prompts, or else 32.",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        default=1000,
+        show_default=True,
+        help="Seed of the first picture's noise; the next has the next.",
+    ),
+    options.steps,
+    click.option(
+        "--reference-steps",
+        type=click.IntRange(min=1),
+        help="Compare with a fine reference of so many steps too, such as 200.",
+    ),
+    click.option(
+        "--against",
+        metavar="METHOD",
+        help="The method that paired differences are taken from; by default fitted, or the first.",
+    ),
+    options.guidance_scale,
+    options.height,
+    options.width,
+    click.option("--frames", type=click.IntRange(min=1), help="Frames of a video."),
+    click.option(
+        "--noise",
+        type=click.Choice(["philox", "torch"]),
+        default="philox",
+        show_default=True,
+        help="See `render`; a pipeline always has torch's.",
+    ),
+    click.option(
+        "--batch",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Pictures at a time on a bundle's engine: faster, in more memory.",
+    ),
+    options.backend,
+    options.threads,
+    options.embedding_cache,
+    options.text_precision,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """These options by their names; `file` has prompts."""
+
+    schedules: tuple[str, ...]
+    methods: tuple[str, ...]
+    budgets: tuple[int, ...]
+    calibration: Path | None
+    calibration_samples: int
+    file: Path | None
+    samples: int | None
+    seed: int
+    steps: int
+    reference_steps: int | None
+    against: str | None
+    guidance_scale: float | None
+    height: int | None
+    width: int | None
+    frames: int | None
+    noise: NoiseSource
+    batch: int
+    backend: str
+    threads: int
+    embedding_cache: str | None
+    text_precision: TextPrecision
+
+    def request(self) -> Request:
+        """What to evaluate; the prompts are read."""
+        from meancache_trt.evaluate.request import Request  # noqa: PLC0415  (see `_run`)
+
+        return Request(
+            schedules=self.schedules,
+            methods=self.methods,
+            budgets=self.budgets,
+            calibration=self.calibration,
+            calibration_samples=self.calibration_samples,
+            texts=None if self.file is None else tuple(read_prompts(self.file)),
+            samples=self.samples,
+            seed=self.seed,
+            steps=self.steps,
+            reference_steps=self.reference_steps,
+            against=self.against,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            frames=self.frames,
+            noise=self.noise,
+            batch=self.batch,
+            backend=self.backend,
+            threads=self.threads,
+            embedding_cache=self.embedding_cache,
+            text_precision=self.text_precision,
+        )
+
+
 @click.command()
 @click.argument("subject")
-@click.option(
-    "--schedules",
-    type=options.NAMES,
-    default=(),
-    help="Schedules of the bundle, or files: b10,b15. By default all that are calibrated.",
-)
-@click.option(
-    "--methods",
-    type=options.NAMES,
-    default=(),
-    help="Instead: methods to bake from recordings: official,euler, or all. ab2-even is one at "
-    "another placement.",
-)
-@click.option(
-    "--budgets",
-    type=options.BUDGETS,
-    default=(),
-    help="Evaluations an image for --methods: 6,10,15, which is the default.",
-)
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    help="The recordings for --methods; by default those that `build` left beside the bundle. "
-    "Those of a pipeline are made where they are missing, in OUTPUT/calibration by default.",
-)
-@click.option(
-    "--calibration-samples",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Pictures to record of a pipeline.",
-)
-@click.option(
-    "--prompts",
-    "file",
-    type=click.Path(path_type=Path),
-    help="Prompts that were not calibrated on, one a line; by default packaged ones.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    help="Pictures; by default one for each line of --prompts, or else 32.",
-)
-@click.option(
-    "--seed",
-    type=int,
-    default=1000,
-    show_default=True,
-    help="Seed of the first picture's noise; the next has the next.",
-)
-@options.steps
-@click.option(
-    "--reference-steps",
-    type=click.IntRange(min=1),
-    help="Compare with a fine reference of so many steps too, such as 200.",
-)
-@click.option(
-    "--against",
-    metavar="METHOD",
-    help="The method that paired differences are taken from; by default fitted, or the first.",
-)
-@options.guidance_scale
-@options.height
-@options.width
-@click.option("--frames", type=click.IntRange(min=1), help="Frames of a video.")
-@click.option(
-    "--noise",
-    type=click.Choice(["philox", "torch"]),
-    default="philox",
-    show_default=True,
-    help="See `render`; a pipeline always has torch's.",
-)
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Pictures at a time on a bundle's engine: faster, in more memory.",
-)
-@options.backend
-@options.threads
-@options.embedding_cache
-@options.text_precision
+@options.gathered("asked", Asked, *_OPTIONS)
 @click.option(
     "-o",
     "--output",
@@ -129,31 +182,7 @@ if TYPE_CHECKING:
 @click.option("--pictures", is_flag=True, help="Keep every picture in OUTPUT/pictures too.")
 @options.as_json
 def evaluate(
-    subject: str,
-    schedules: tuple[str, ...],
-    methods: tuple[str, ...],
-    budgets: tuple[int, ...],
-    calibration: Path | None,
-    calibration_samples: int,
-    file: Path | None,
-    samples: int | None,
-    seed: int,
-    steps: int,
-    reference_steps: int | None,
-    against: str | None,
-    guidance_scale: float | None,
-    height: int | None,
-    width: int | None,
-    frames: int | None,
-    noise: NoiseSource,
-    batch: int,
-    backend: str,
-    threads: int,
-    embedding_cache: str | None,
-    text_precision: TextPrecision,
-    output: Path | None,
-    pictures: bool,
-    as_json: bool,
+    subject: str, asked: Asked, output: Path | None, pictures: bool, as_json: bool
 ) -> None:
     """Measure methods at budgets on new prompts: PSNR, SSIM, latent error, time.
 
@@ -171,37 +200,13 @@ def evaluate(
     """
     found = _finished(subject)
     if found is not None:
-        _reopen(*found, against=against, output=output, as_json=as_json)
+        _reopen(*found, against=asked.against, output=output, as_json=as_json)
         return
-    from meancache_trt.evaluate.request import Request  # noqa: PLC0415  (see `_run`)
-
     if pictures and output is None:
         raise click.UsageError("--pictures are kept in --output; give one")
     _refuse_what_does_not_apply(subject)
     hush_libraries()
-    request = Request(
-        schedules=schedules,
-        methods=methods,
-        budgets=budgets,
-        calibration=calibration,
-        calibration_samples=calibration_samples,
-        texts=None if file is None else tuple(read_prompts(file)),
-        samples=samples,
-        seed=seed,
-        steps=steps,
-        reference_steps=reference_steps,
-        against=against,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-        frames=frames,
-        noise=noise,
-        batch=batch,
-        backend=backend,
-        threads=threads,
-        embedding_cache=embedding_cache,
-        text_precision=text_precision,
-    )
+    request = asked.request()
     with _directory(output) as directory:
         evaluation = _run(subject, request, directory, is_kept=output is not None, whole=pictures)
         _deliver(evaluation, output, as_json=as_json)
@@ -307,51 +312,3 @@ def _deliver(
         print_evaluation(evaluation, reference)
     if output is not None:
         note(f"report: {output / 'report.html'}")
-
-
-def print_evaluation(evaluation: Evaluation, reference: ReferenceName) -> None:
-    """Print a line for each budget and method, against one of the references."""
-    setup = evaluation.setup
-    steps = setup.steps if reference == "own" else setup.reference_steps
-    columns = [
-        *("method", "B", "ms", "PSNR dB", "p5", "worst", "SSIM", "p5", "worst"),
-        *("latent error", "p95", "worst", f"PSNR above {evaluation.against}"),
-    ]
-    rows = sorted(evaluation.rows, key=lambda row: row.budget)
-    others = [row for row in (evaluation.full, evaluation.noise_floor) if row]
-    print_table(
-        columns,
-        [_cells(row, reference) for row in (*rows, *others) if row.comparison(reference)],
-        title=f"against the model's own {steps} steps"
-        if reference == "own"
-        else f"against {steps} steps",
-    )
-
-
-def _cells(row: Row, reference: ReferenceName) -> list[str]:
-    comparison = row.comparison(reference)
-    if comparison is None:
-        raise InputError(f"{row.method} at {row.budget} evaluations lacks a comparison")
-    return [
-        row.method,
-        str(row.budget),
-        f"{row.ms_per_picture:.1f}",
-        *_summary(comparison.psnr, "{:.2f}"),
-        *_summary(comparison.ssim, "{:.4f}"),
-        *_summary(comparison.latent_error, "{:.4f}"),
-        difference(comparison.psnr),
-    ]
-
-
-def _summary(metric: Metric, form: str) -> list[str]:
-    found = metric.summary
-    return [form.format(value) for value in (found.mean, found.p5, found.worst)]
-
-
-def difference(metric: Metric) -> str:
-    """The paired difference with its standard error; empty where there is none."""
-    found = metric.difference
-    if found is None:
-        return ""
-    error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
-    return f"{found.mean:+.2f}{error}"

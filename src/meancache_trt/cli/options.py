@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, Self, TypeVar, get_args
+from typing import Any, Protocol, Self, TypeVar, get_args
 
 import click
 
-from meancache_trt.calibration.baking import DEFAULT_METHOD, bakeable_methods
 from meancache_trt.calibration.target import DEFAULT_CONFIDENCE, Goal
 from meancache_trt.engine.select import BACKENDS
 from meancache_trt.errors import InputError
 from meancache_trt.export.text import TextPrecision
-from meancache_trt.meancache.schedule import FITTED
-from meancache_trt.shapes import PictureSize, Range
+from meancache_trt.shapes import Range
+
+Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
+
+
+def gathered(name: str, gather: Callable[..., object], *given: Decorator) -> Decorator:
+    """Options that a command gets as one argument `name`: what `gather` makes of their values.
+
+    `gather`, such as a frozen dataclass, has a parameter for each of the options and no others.
+    """
+    parameters = inspect.signature(gather).parameters
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_gathered(**values: Any) -> None:
+            own = {parameter: values.pop(parameter) for parameter in parameters}
+            command(**{name: gather(**own)}, **values)
+
+        decorated: Command = with_gathered
+        for option in reversed(given):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
 
 
 class NumberList(click.ParamType[tuple[int, ...]]):
@@ -75,24 +99,12 @@ threads = click.option(
 )
 height = click.option("--height", type=click.IntRange(min=1), help="Picture height in pixels.")
 width = click.option("--width", type=click.IntRange(min=1), help="Picture width in pixels.")
-frames = click.option(
-    "--frames",
-    type=click.IntRange(min=1),
-    help="Frames of a video; by default what the model's pipeline makes.",
-)
 steps = click.option(
     "--steps",
     type=int,
     default=50,
     show_default=True,
     help="Steps of the model's own full integration.",
-)
-budgets = click.option(
-    "--budget",
-    "budgets",
-    type=BUDGETS,
-    multiple=True,
-    help="Network evaluations an image; several with commas, or given several times.",
 )
 target_psnr = click.option(
     "--target-psnr",
@@ -113,13 +125,6 @@ confidence = click.option(
     metavar="P",
     help="With --target-psnr: how probable it is to be that further prompts reach it; by default "
     f"{DEFAULT_CONFIDENCE}.",
-)
-method = click.option(
-    "--method",
-    type=click.Choice(bakeable_methods()),
-    default=DEFAULT_METHOD,
-    show_default=True,
-    help="How nodes are chosen and skipped steps estimated; the default is the best measured.",
 )
 guidance_scale = click.option(
     "--guidance-scale",
@@ -172,15 +177,6 @@ class Parsed(click.ParamType[Parsable]):
             self.fail(str(error), param, ctx)
 
 
-resolutions = click.option(
-    "--resolution",
-    "resolutions",
-    type=Parsed("resolution", PictureSize),
-    metavar="WIDTHxHEIGHT[xFRAMES]",
-    multiple=True,
-    help="What is rendered, instead of --height, --width and --frames; may be given several times: "
-    "resolutions share graphs and weights, and the first is the default.",
-)
 batch = click.option(
     "--batch",
     type=Parsed("range", Range),
@@ -190,12 +186,9 @@ batch = click.option(
 )
 
 
-def check_one_way(
-    resolutions: Sequence[PictureSize], height: int | None, width: int | None, frames: int | None
-) -> None:
-    """Raise a usage error where --resolution meets one of the options that it replaces."""
-    if resolutions and (height, width, frames) != (None, None, None):
-        raise click.UsageError("give --resolution, or --height, --width and --frames, but not both")
+text_tokens = click.option(
+    "--text-tokens", type=click.IntRange(min=1), help="Text length; by default the pipeline's."
+)
 
 
 def wanted_of(
@@ -213,66 +206,3 @@ def wanted_of(
     if budgets:
         raise click.UsageError("give --budget or --target-psnr, but not both")
     return Goal(target_psnr, percentile, DEFAULT_CONFIDENCE if confidence is None else confidence)
-
-
-def check_samples(samples: int, method: str, wanted: object) -> None:
-    """Raise a usage error where a single sample is to be held out from itself."""
-    if wanted and method == FITTED and samples < 2:
-        raise click.UsageError(
-            "fitted schedules hold samples out and need at least 2; give more --samples, 16 are "
-            "usual, or another --method"
-        )
-
-
-def guidance_of(
-    scale: float | tuple[float, float] | None,
-) -> tuple[float | None, tuple[float, float] | None]:
-    """What --guidance-scale of a calibration says: a scale, or a range."""
-    return (None, scale) if isinstance(scale, tuple) else (scale, None)
-
-
-class ScaleOrRange(click.ParamType[float | tuple[float, float]]):
-    """A guidance scale such as 3.5, or a range of them such as 2:6."""
-
-    name = "scale"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float | tuple[float, float]:
-        """Parse; a usage error where something else stands there."""
-        try:
-            low, *high = (float(part) for part in str(value).split(":"))
-        except ValueError:
-            self.fail(f"{value!r} is no scale such as 3.5, and no range such as 2:6", param, ctx)
-        if not high:
-            return low
-        if len(high) > 1 or not low < high[0]:
-            self.fail(f"{value!r} is no range such as 2:6, the lower scale first", param, ctx)
-        return low, high[0]
-
-
-samples = click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Pictures to record; 8 to 16 suffice.",
-)
-
-prompts = click.option(
-    "--prompts",
-    "file",
-    type=click.Path(path_type=Path),
-    help="Prompts to record, one a line; a packaged list by default.",
-)
-
-text_tokens = click.option(
-    "--text-tokens", type=click.IntRange(min=1), help="Text length; by default the pipeline's."
-)
-guidance_to_calibrate = click.option(
-    "--guidance-scale",
-    type=ScaleOrRange(),
-    metavar="SCALE|LOW:HIGH",
-    help="Guidance scale, by default the model's. With LOW:HIGH the schedules serve all scales "
-    "between: elsewhere than at its own a calibrated schedule can be worse than none.",
-)

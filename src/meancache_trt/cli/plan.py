@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -22,7 +22,7 @@ from meancache_trt.shapes import Range, Ranges
 _BACKENDS = ("auto", "onnxruntime", *FLAVOURS)
 
 
-def _range(name: str, what: str) -> Callable[[planning.Command], planning.Command]:
+def _range(name: str, what: str) -> options.Decorator:
     return click.option(
         f"--{name}",
         type=options.Parsed("range", Range),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
+from meancache_trt.cli.options import gathered
 from meancache_trt.engine.tensorrt.record import (
     BuildOptions,
     HardwareCompatibility,
@@ -18,8 +17,6 @@ from meancache_trt.engine.tensorrt.record import (
 from meancache_trt.engine.tensorrt.target import parse_capability
 from meancache_trt.errors import InputError
 from meancache_trt.plan_targets import PlanOptions
-
-Command = Callable[..., None]
 
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)\s*([KMGT]?)(?:iB|B)?", re.IGNORECASE)
 _MIB = 2**20
@@ -124,39 +121,32 @@ _OPTIONS = (
 )
 
 
-def options(command: Command) -> Command:
-    """Give a command these options; it gets them as one `PlanOptions` named `planning`."""
+def _planning(
+    *,
+    compute_capabilities: tuple[str, ...],
+    timing_cache: Path | None,
+    builder_optimization_level: int | None,
+    workspace_bytes: int | None,
+    weight_streaming: bool,
+    hardware_compatibility: HardwareCompatibility,
+    tiling_optimization_level: TilingOptimization,
+    max_aux_streams: int | None,
+    skip_memory_check: bool,
+) -> PlanOptions:
+    return PlanOptions(
+        compute_capabilities=compute_capabilities,
+        timing_cache=timing_cache,
+        is_memory_checked=not skip_memory_check,
+        build=BuildOptions(
+            builder_optimization_level=builder_optimization_level,
+            workspace_bytes=workspace_bytes,
+            weight_streaming=weight_streaming,
+            hardware_compatibility=hardware_compatibility,
+            tiling_optimization_level=tiling_optimization_level,
+            max_aux_streams=max_aux_streams,
+        ),
+    )
 
-    @functools.wraps(command)
-    def with_planning(
-        *,
-        compute_capabilities: tuple[str, ...],
-        timing_cache: Path | None,
-        builder_optimization_level: int | None,
-        workspace_bytes: int | None,
-        weight_streaming: bool,
-        hardware_compatibility: HardwareCompatibility,
-        tiling_optimization_level: TilingOptimization,
-        max_aux_streams: int | None,
-        skip_memory_check: bool,
-        **others: Any,
-    ) -> None:
-        planning = PlanOptions(
-            compute_capabilities=compute_capabilities,
-            timing_cache=timing_cache,
-            is_memory_checked=not skip_memory_check,
-            build=BuildOptions(
-                builder_optimization_level=builder_optimization_level,
-                workspace_bytes=workspace_bytes,
-                weight_streaming=weight_streaming,
-                hardware_compatibility=hardware_compatibility,
-                tiling_optimization_level=tiling_optimization_level,
-                max_aux_streams=max_aux_streams,
-            ),
-        )
-        command(planning=planning, **others)
 
-    given: Command = with_planning
-    for option in reversed(_OPTIONS):
-        given = option(given)
-    return given
+options = gathered("planning", _planning, *_OPTIONS)
+"""Give a command these options; it gets them as one `PlanOptions` named `planning`."""
