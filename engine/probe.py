@@ -40,6 +40,12 @@ class Driver(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     problem: str | None = None
     gpus: tuple[Gpu, ...] = ()
 
+    def why_no_gpu(self, index: int) -> str | None:
+        """In a few words why there is no GPU of that index; None where there is one."""
+        if index < len(self.gpus):
+            return None
+        return self.problem or f"there are {len(self.gpus)} GPUs, found no index {index}"
+
 
 def probe(*, timeout_s: float = 10.0) -> Driver:
     """Ask the driver; returns within `timeout_s`."""
@@ -63,9 +69,9 @@ def find_gpu(index: int = 0, driver: Driver | None = None) -> Gpu:
     Raises `RuntimeUnavailableError` where there is none, saying what runs without one.
     """
     driver = probe() if driver is None else driver
-    if index < len(driver.gpus):
+    problem = driver.why_no_gpu(index)
+    if problem is None:
         return driver.gpus[index]
-    problem = driver.problem or f"there are {len(driver.gpus)} GPUs, found no index {index}"
     raise RuntimeUnavailableError(
         f"expected an NVIDIA GPU, but {problem}; use `--backend onnxruntime`, which runs on the "
         "CPU, or see `meancache-trt doctor`"

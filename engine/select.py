@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from meancache_trt.bundle import Bundle
-from meancache_trt.engine.probe import Driver, Gpu, find_gpu
+from meancache_trt.engine.probe import Driver, Gpu, find_gpu, probe
 from meancache_trt.engine.tensorrt.library import EXTRAS, FLAVOURS, Flavour, installed_flavours
 from meancache_trt.errors import InputError, PlanError, RuntimeUnavailableError
 from meancache_trt.meancache.runtime import Runtime
@@ -23,10 +23,11 @@ _CUDA = "onnxruntime_cuda"
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend by name, and why that one, in a few words."""
+    """A backend by name, why that one, in a few words, and its GPU, if it runs on one."""
 
     backend: str
     why: str
+    gpu: Gpu | None = None
 
 
 def open_runtime(
@@ -36,6 +37,7 @@ def open_runtime(
     threads: int = 0,
     device: int = 0,
     stream: object | None = None,
+    gpu: Gpu | None = None,
 ) -> Runtime:
     """Open a backend; a context manager.
 
@@ -46,16 +48,17 @@ def open_runtime(
         device: index of the GPU.
         stream: a host's own CUDA stream to work on, as a `cudaStream_t` or an object with
             `__cuda_stream__`; by default a new one.
+        gpu: what `check_backend` found, so that the driver is not asked again.
 
     Raises:
         InputError: for an unknown name, a stream that cannot be used, or a TensorRT without bundle.
         RuntimeUnavailableError: where there is no GPU for it, or its package is not installed.
         PlanMismatchError: where a TensorRT has no plan that it can load here.
     """
-    gpu = check_backend(backend, device)
+    gpu = check_backend(backend, device, gpu)
     if backend == "auto":
-        backend = choose(bundle, device).backend
-        gpu = None if backend == _CPU else find_gpu(device)
+        choice = choose(bundle, device)
+        backend, gpu = choice.backend, choice.gpu
     if gpu is None:
         from meancache_trt.engine.onnxruntime import OnnxRuntime  # noqa: PLC0415  (optional)
 
@@ -71,17 +74,18 @@ def open_runtime(
     return open_tensorrt(bundle, _flavour(backend), gpu, stream=stream)
 
 
-def check_backend(backend: str, device: int = 0) -> Gpu | None:
+def check_backend(backend: str, device: int = 0, gpu: Gpu | None = None) -> Gpu | None:
     """The GPU that a backend named explicitly will use; None for the CPU and for "auto".
 
-    Quick, so that what cannot run is refused before anything is read or hashed. Raises
-    `InputError` for an unknown name, `RuntimeUnavailableError` where the GPU or package is missing.
+    Quick, so that what cannot run is refused before anything is read or hashed; `gpu` is what an
+    earlier call returned. Raises `InputError` for an unknown name, `RuntimeUnavailableError` where
+    the GPU or package is missing.
     """
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     if backend in ("auto", _CPU):
         return None
-    gpu = find_gpu(device)
+    gpu = gpu or find_gpu(device, probe())
     if backend in FLAVOURS and backend not in installed_flavours():
         raise RuntimeUnavailableError(
             f"the backend {backend} needs the package {backend}, which is not installed; run "
@@ -96,20 +100,20 @@ def choose(bundle: Bundle | None = None, device: int = 0, driver: Driver | None 
     A TensorRT that has a plan of every graph that a render needs; else ONNX Runtime on the GPU,
     where it has its CUDA provider; else ONNX Runtime on the CPU. Never raises for want of a GPU.
     """
-    try:
-        gpu = find_gpu(device, driver)
-    except RuntimeUnavailableError as error:
-        return Choice(_CPU, f"there is no GPU to use: {error}")
-    reasons = []
+    driver = probe() if driver is None else driver
+    problem = driver.why_no_gpu(device)
+    if problem is not None:
+        return Choice(_CPU, problem)
+    gpu, reasons = driver.gpus[device], []
     for flavour in installed_flavours() if bundle else []:
         assert bundle is not None
         reason = _why_not(bundle, flavour, gpu)
         if reason is None:
-            return Choice(flavour, f"it has plans of every graph for the {gpu.name}")
+            return Choice(flavour, f"it has plans of every graph for the {gpu.name}", gpu)
         reasons.append(f"not {flavour}: {reason}")
     if _has_cuda_provider():
         why = f"its CUDA provider runs on the {gpu.name}"
-        return Choice(_CUDA, "; ".join([why, *reasons]))
+        return Choice(_CUDA, "; ".join([why, *reasons]), gpu)
     reasons.append(f"not {_CUDA}: the installed ONNX Runtime has no CUDA provider")
     return Choice(_CPU, "; ".join(["it runs everywhere", *reasons]))
 
@@ -152,12 +156,9 @@ def available_backends(driver: Driver | None = None) -> list[BackendState]:
 
     `driver` is what a probe found before.
     """
-    try:
-        find_gpu(0, driver)
-    except RuntimeUnavailableError as error:
-        problem: str | None = f"no GPU: {str(error).partition('; use')[0]}"
-    else:
-        problem = None
+    driver = probe() if driver is None else driver
+    problem = driver.why_no_gpu(0)
+    problem = problem and f"no GPU: {problem}"
     return [
         *(_tensorrt_state(flavour, problem) for flavour in FLAVOURS),
         _cuda_state(problem),

@@ -25,6 +25,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.engine.cuda.device import ALIGNMENT_BYTES
+from meancache_trt.engine.probe import Gpu
 from meancache_trt.engine.select import check_backend, open_runtime
 from meancache_trt.errors import InputError
 from meancache_trt.export.job import PIPELINE_FOLDER
@@ -55,6 +56,7 @@ class EngineTransformer:
         runtime: what executes the graph; the caller closes it. By default one is opened.
         backend: which one to open: "auto" or a name that `meancache-trt doctor` lists.
         threads: cores that it may use; 0 means all.
+        gpu: what `check_backend` found for that backend, so that the driver is not asked again.
 
     Attributes:
         config: that of the checkpoint's transformer, as diffusers has it, with every default.
@@ -73,6 +75,7 @@ class EngineTransformer:
         runtime: Runtime | None = None,
         backend: str = "auto",
         threads: int = 0,
+        gpu: Gpu | None = None,
     ) -> None:
         self.bundle = bundle
         self._family = FAMILIES[bundle.export.family]
@@ -82,7 +85,7 @@ class EngineTransformer:
         self.config = _config(module, bundle)
         self._configs = {"transformer": self.config}
         self._is_owner = runtime is None
-        self._runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads)
+        self._runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads, gpu=gpu)
         _, self._component = bundle.export.component_in("transformer", self._runtime.precisions)
         self._graph = self._runtime.load(bundle.component_path(self._component))
         self._tables: dict[Hashable, Tensors] = {}
@@ -110,9 +113,9 @@ class EngineTransformer:
             BundleError: where it is damaged or no bundle.
             RuntimeUnavailableError: where the backend cannot run here.
         """
-        check_backend(backend)  # before anything is read and hashed
+        gpu = check_backend(backend)  # before anything is read and hashed
         opened = Bundle.open(bundle, is_full_check=is_full_check)
-        return cls(opened, backend=backend, threads=threads)
+        return cls(opened, backend=backend, threads=threads, gpu=gpu)
 
     def __enter__(self) -> Self:
         if self._is_owner:

@@ -19,8 +19,9 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.embedding_cache import open_cache
 from meancache_trt.encoding import BundleEncoder
+from meancache_trt.engine.probe import Gpu
 from meancache_trt.engine.select import check_backend, open_runtime
-from meancache_trt.errors import InputError, ScheduleError
+from meancache_trt.errors import InputError
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.manifest import Resolution, check_guidance
 from meancache_trt.meancache.files import atomic_write, encode_json
@@ -29,7 +30,13 @@ from meancache_trt.meancache.noise import philox_normal, torch_normal
 from meancache_trt.meancache.runtime import Runtime
 from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.meancache.sigmas import SigmaGrid
-from meancache_trt.selection import check_grid, find_resolution, find_schedule, pipeline_grid
+from meancache_trt.selection import (
+    check_grid,
+    check_model,
+    find_resolution,
+    find_schedule,
+    pipeline_grid,
+)
 from meancache_trt.session import Graphs, Session
 from meancache_trt.text_length import cut_to_bucket
 
@@ -115,7 +122,7 @@ class Pipeline:
     """A bundle on a backend. A context manager; not thread-safe.
 
     `load` explains the arguments. A `runtime` is used instead of opening the backend; the caller
-    closes it, after the pipeline.
+    closes it, after the pipeline. `gpu` is what `check_backend` found for the backend.
     """
 
     def __init__(
@@ -125,6 +132,7 @@ class Pipeline:
         backend: str = "auto",
         threads: int = 0,
         runtime: Runtime | None = None,
+        gpu: Gpu | None = None,
         precision: str | None = None,
         embedding_cache: Path | str | None = None,
         text_precision: TextPrecision = "float32",
@@ -132,7 +140,7 @@ class Pipeline:
     ) -> None:
         self.bundle = bundle
         self._is_owner = runtime is None
-        self.runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads)
+        self.runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads, gpu=gpu)
         self.graphs = Graphs(bundle, self.runtime, precision)
         self._sessions: dict[tuple[Schedule, tuple[int, ...], int], Session] = {}
         self._encoder = BundleEncoder(
@@ -199,8 +207,7 @@ class Pipeline:
             ScheduleError: where it belongs to another model, grid or guidance scale, or to a
                 precision that says nothing of the network's.
         """
-        export = self.bundle.export
-        rendered = resolution or export.resolution
+        rendered = resolution or self.bundle.export.resolution
 
         def grid_of(steps: int) -> SigmaGrid:
             return self.grid(steps, rendered)
@@ -209,17 +216,7 @@ class Pipeline:
             found = schedule
         else:
             found = find_schedule(self.bundle, schedule, rendered.size, grid_of)
-        if found.family not in (None, export.family):
-            raise ScheduleError(
-                f"schedule {found.name!r} is for the family {found.family!r}, this bundle is "
-                f"{export.family!r}; bake one for it"
-            )
-        if found.model is not None and found.model.digest not in (None, export.model.digest):
-            raise ScheduleError(
-                f"schedule {found.name!r} was calibrated on {found.model.name!r} (digest "
-                f"{str(found.model.digest)[:12]}), this bundle is {export.model.name!r} (digest "
-                f"{export.model.digest[:12]}); calibrate on this checkpoint"
-            )
+        check_model(self.bundle.export, found)
         found.check_precision(self.graphs.network("transformer").precision)
         grid = grid_of(found.grid.steps)
         check_grid(self.bundle, found, rendered.size, grid)
@@ -364,12 +361,13 @@ def load(
         RuntimeUnavailableError: where the backend cannot run here.
         PlanMismatchError: where it needs plans, and the bundle has none for it.
     """
-    check_backend(backend)  # before anything is read and hashed
+    gpu = check_backend(backend)  # before anything is read and hashed
     opened = Bundle.open(bundle, is_full_check=is_full_check)
     return Pipeline(
         opened,
         backend=backend,
         threads=threads,
+        gpu=gpu,
         precision=precision,
         embedding_cache=embedding_cache,
         text_precision=text_precision,

@@ -87,6 +87,21 @@ def find_schedule(
     return bundle.schedule(str(wanted))
 
 
+def check_model(export: Exported, schedule: Schedule) -> None:
+    """Raise `ScheduleError` for a schedule of another family, or of another checkpoint."""
+    if schedule.family not in (None, export.family):
+        raise ScheduleError(
+            f"schedule {schedule.name!r} is for the family {schedule.family!r}, this bundle is "
+            f"{export.family!r}; bake one for it"
+        )
+    if schedule.model is not None and schedule.model.digest not in (None, export.model.digest):
+        raise ScheduleError(
+            f"schedule {schedule.name!r} was calibrated on {schedule.model.name!r} (digest "
+            f"{str(schedule.model.digest)[:12]}), this bundle is {export.model.name!r} (digest "
+            f"{export.model.digest[:12]}); calibrate on this checkpoint"
+        )
+
+
 def check_grid(bundle: Bundle, schedule: Schedule, size: PictureSize, grid: SigmaGrid) -> None:
     """Raise `ScheduleError` for a schedule that belongs to another grid than that of `size`."""
     try:

@@ -10,7 +10,7 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.cli import main
 from meancache_trt.engine import select
 from meancache_trt.engine.onnxruntime import OnnxRuntime
-from meancache_trt.engine.probe import Gpu, probe
+from meancache_trt.engine.probe import Driver, Gpu, probe
 from meancache_trt.engine.select import available_backends, check_backend, choose, open_runtime
 from meancache_trt.errors import InputError, RuntimeUnavailableError
 from tests.export.families import shared_export
@@ -25,7 +25,7 @@ without_gpu = pytest.mark.skipif(bool(probe().gpus), reason="there is a GPU: not
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose driver sees a GPU; nothing is opened on it."""
-    monkeypatch.setattr(select, "find_gpu", lambda *_: GPU)
+    monkeypatch.setattr(select, "probe", lambda: Driver("13.0", gpus=(GPU,)))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_command_line_ends_with_that_message_and_leaves_nothing(
 def test_without_a_gpu_auto_is_the_cpu_and_says_why() -> None:
     choice = choose()
     assert choice.backend == "onnxruntime"
-    assert "there is no GPU to use: expected an NVIDIA GPU" in choice.why
+    assert choice.why == probe().problem
     with open_runtime() as runtime:
         assert isinstance(runtime, OnnxRuntime)
 
@@ -121,6 +121,20 @@ def test_auto_takes_onnx_runtime_on_the_gpu_where_it_can(
     assert "runs on the Fake GPU" in choice.why
 
 
+@without_gpu
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime_cuda"])
+def test_the_driver_is_asked_once(
+    backend: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    found = Driver("13.0", gpus=(GPU,))
+    monkeypatch.setattr(select, "probe", lambda: asked.append(1) or found)
+    monkeypatch.setattr(select, "_has_cuda_provider", lambda: True)
+    with pytest.raises(RuntimeUnavailableError, match="found one without"):
+        load(bundle.directory, backend=backend)
+    assert asked == [1]
+
+
 def test_a_flavour_that_is_not_installed_is_refused(with_gpu: None) -> None:
     with pytest.raises(RuntimeUnavailableError, match="the backend tensorrt needs the package"):
         check_backend("tensorrt")
@@ -142,5 +156,5 @@ def test_onnx_runtime_without_its_provider_says_what_to_install(with_gpu: None) 
 def test_every_backend_says_whether_it_can_run_and_why_not() -> None:
     states = {state.name: state for state in available_backends()}
     assert [name for name, state in states.items() if state.is_available] == ["onnxruntime"]
-    assert states["tensorrt_rtx"].state.startswith("no GPU: expected an NVIDIA GPU, but")
+    assert states["tensorrt_rtx"].state.startswith("no GPU: ")
     assert "is not installed" in states["tensorrt"].state
