@@ -22,7 +22,7 @@ from meancache_trt.engine.tensorrt.store import PlanStore, graph_digest
 from meancache_trt.manifest import Component, TensorRecord
 from meancache_trt.meancache.files import encode_json
 from meancache_trt.meancache.hashing import digest_of
-from tests.fakes.tensorrt import VERSION, PlanText
+from tests.fakes.tensorrt_base import VERSION, PlanText
 
 SMALLEST, LARGEST = 1, 1 << 16
 _START = datetime(2026, 1, 1, tzinfo=UTC)

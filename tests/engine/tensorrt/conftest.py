@@ -19,10 +19,12 @@ from meancache_trt.meancache.runtime import Runtime
 from meancache_trt.meancache.schedule import Schedule, bake
 from meancache_trt.meancache.sigmas import make_grid
 from meancache_trt.session import Batch, Graphs, Session
+from tests.engine.tensorrt.add_engine import AddEngine
 from tests.export.families import shared_export
 from tests.fakes.cuda import FakeDevice
 from tests.fakes.plans import plan_everything
-from tests.fakes.tensorrt import VERSION, World, fake_library
+from tests.fakes.tensorrt import fake_library
+from tests.fakes.tensorrt_base import VERSION, World
 
 SCALE = 3.5
 
@@ -143,3 +145,8 @@ def expected(bundle: Bundle, schedule: Schedule, seed: int = 0, batch: int = 1) 
 def assert_equal(found: Batch, wanted: Batch) -> None:
     assert np.array_equal(found.latents, wanted.latents)
     assert np.array_equal(found.pictures, wanted.pictures)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> AddEngine:
+    return AddEngine(tmp_path)

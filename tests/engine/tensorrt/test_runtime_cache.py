@@ -6,7 +6,8 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.engine.tensorrt.runtime_cache import RuntimeCache
 from tests.engine.tensorrt.conftest import Open, run, schedule_of
 from tests.fakes.cuda import FakeDevice
-from tests.fakes.tensorrt import VERSION, fake_library
+from tests.fakes.tensorrt import fake_library
+from tests.fakes.tensorrt_base import VERSION
 
 
 def render(open_fake: Open, **options: object) -> tuple[int, tuple[str, ...]]:
