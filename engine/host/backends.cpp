@@ -117,9 +117,9 @@ std::shared_ptr<Runtime> open_runtime(const std::string& name, const RuntimeOpti
     }
   }
   const std::string known = backend_names();
-  throw Error(MCT_INPUT_ERROR, "unknown backend " + repr_of(name) + "; expected one of " +
-                                   (known.empty() ? "none: this library was built without any"
-                                                  : known));
+  throw Error(MCT_INPUT_ERROR,
+              "unknown backend " + repr_of(name) + "; expected one of " +
+                  (known.empty() ? "none: this library was built without any" : known));
 }
 
 }  // namespace mct

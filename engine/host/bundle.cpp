@@ -31,8 +31,8 @@ Manifest read_manifest(const fs::path& directory) {
 std::string found_digest(const fs::path& path, const FileRecord& record, bool is_full_check) {
   const auto size = static_cast<std::int64_t>(fs::file_size(path));
   if (size != record.size_bytes) {
-    fail(path.string() + " is damaged: expected " + text_of(record.size_bytes) +
-         " bytes, found " + text_of(size) + "; restore the file or build the bundle again");
+    fail(path.string() + " is damaged: expected " + text_of(record.size_bytes) + " bytes, found " +
+         text_of(size) + "; restore the file or build the bundle again");
   }
   const bool is_weights = path.extension() == ".safetensors";
   return is_weights && !is_full_check ? verified_sha256(path) : sha256_of(path);

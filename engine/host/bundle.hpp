@@ -22,8 +22,8 @@ struct NamedSchedule {
 
 class Bundle {
  public:
-  // Open and check. With `is_full_check` weights are hashed even where they look unchanged. Throws a
-  // bundle error where the directory is no bundle, or a file is missing or was altered.
+  // Open and check. With `is_full_check` weights are hashed even where they look unchanged. Throws
+  // a bundle error where the directory is no bundle, or a file is missing or was altered.
   Bundle(const std::filesystem::path& directory, bool is_full_check);
 
   const std::filesystem::path& directory() const { return directory_; }

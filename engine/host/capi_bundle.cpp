@@ -114,9 +114,7 @@ mct_schedule described(const NamedSchedule& entry) {
 
 }  // namespace
 
-void remember(const char* text) noexcept {
-  std::strncpy(last_error, text, sizeof last_error - 1);
-}
+void remember(const char* text) noexcept { std::strncpy(last_error, text, sizeof last_error - 1); }
 
 mct_tensor described(const std::string& name, const Shape& shape, mct_dtype dtype) {
   mct_tensor tensor{};
@@ -214,12 +212,10 @@ mct_status mct_bundle_get_text_encoder(const mct_bundle* bundle, size_t index, m
     expect(bundle, "a bundle");
     const Exported& exported = bundle->shared->bundle().exported();
     const auto graphs = exported.text_graphs();
-    const auto found =
-        exported.components.find(entry(graphs, index, "text encoders")->first);
+    const auto found = exported.components.find(entry(graphs, index, "text encoders")->first);
     const Component& component = found->second;
     const TensorRecord& record = component.inputs.at(component.input_named(Role::token_ids));
-    give(described(found->first, one_sample(record, exported), record.dtype), tensor,
-         "mct_tensor");
+    give(described(found->first, one_sample(record, exported), record.dtype), tensor, "mct_tensor");
     return MCT_OK;
   });
 }

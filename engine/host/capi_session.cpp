@@ -112,8 +112,7 @@ void decode(Session& session, const mct_decode_options& given) {
     check_count("bytes of rgb", given.rgb_count, session.image_count());
   }
   if (given.latent != nullptr) {
-    session.write_latent(
-        {given.latent, given.latent_count * sizeof(float), given.latent_memory});
+    session.write_latent({given.latent, given.latent_count * sizeof(float), given.latent_memory});
   }
   const Array& images = session.decode(given.vae_tiling != 0);
   if (float* pixels = given.pixels) {
@@ -146,10 +145,8 @@ mct_status mct_session_create(mct_bundle* bundle, const mct_session_options* opt
     const std::string backend = given.backend == nullptr ? "" : given.backend;
     std::shared_ptr<Graphs> graphs = bundle->shared->graphs(backend, running);
     const Runtime& runtime = graphs->runtime();
-    *session = new mct_session{bundle->shared,
-                               runtime.name(),
-                               runtime.version(),
-                               {graphs, request_of(given)}};
+    *session = new mct_session{
+        bundle->shared, runtime.name(), runtime.version(), {graphs, request_of(given)}};
     return MCT_OK;
   });
 }

@@ -14,15 +14,16 @@
 
 namespace mct {
 
-// The decoder graph for one size and batch. A whole latent is read where it lies; tiles pass through
-// the host, and their buffers are made once for each shape that a tile has.
+// The decoder graph for one size and batch. A whole latent is read where it lies; tiles pass
+// through the host, and their buffers are made once for each shape that a tile has.
 class Decoder {
  public:
   // latent: in the shape that the graph takes. image_shape: what all of it decodes to.
   Decoder(Runtime& runtime, std::shared_ptr<Graph> graph, const Component& component,
           TensorPtr latent, Shape image_shape, std::vector<Level> levels);
 
-  // The images, (B, 3, H, W) or (B, 3, frames, H, W), not clipped; waits. Valid until the next call.
+  // The images, (B, 3, H, W) or (B, 3, frames, H, W), not clipped; waits. Valid until the next
+  // call.
   const Array& run(Stream stream);
 
  private:

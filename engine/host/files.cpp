@@ -22,9 +22,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-[[noreturn]] void fail_system(int code) {
-  throw std::system_error(code, std::generic_category());
-}
+[[noreturn]] void fail_system(int code) { throw std::system_error(code, std::generic_category()); }
 
 // A file that is open for reading; closes itself.
 class Reader {
@@ -95,7 +93,7 @@ std::int64_t nanoseconds(const timespec& time) {
 using State = std::vector<std::int64_t>;
 
 State state_of(const fs::path& path) {
-  struct stat status {};
+  struct stat status{};
   if (::stat(path.c_str(), &status) != 0) {
     fail_system(errno);
   }
@@ -154,7 +152,8 @@ std::string record_text(const fs::path& path, const State& state, const std::str
 void keep_record(const fs::path& record, const std::string& content) {
   std::error_code ignored;
   fs::create_directories(record.parent_path(), ignored);
-  std::string name = (record.parent_path() / ("." + record.filename().string() + ".XXXXXX")).string();
+  std::string name =
+      (record.parent_path() / ("." + record.filename().string() + ".XXXXXX")).string();
   const int handle = ::mkstemp(name.data());
   if (handle < 0) {
     return;
@@ -224,8 +223,6 @@ std::string verified_sha256(const fs::path& path) {
   return found;
 }
 
-std::string reason_of(const std::system_error& error) {
-  return error.code().message();
-}
+std::string reason_of(const std::system_error& error) { return error.code().message(); }
 
 }  // namespace mct

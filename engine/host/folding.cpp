@@ -390,8 +390,7 @@ void check_nodes(const Nodes& nodes, std::int64_t steps) {
   }
   if (nodes.back() >= steps) {
     fail("nodes are steps of a grid of " + text_of(steps) + " steps, 0 to " + text_of(steps - 1) +
-         ", found " + text_of(nodes.back()) +
-         "; give a longer grid with --steps, or other nodes");
+         ", found " + text_of(nodes.back()) + "; give a longer grid with --steps, or other nodes");
   }
 }
 

@@ -36,8 +36,7 @@ DenoisingLoop::DenoisingLoop(Runtime& runtime, Memory& memory, const Network& ne
                              const Shape& latent_shape, const LoopConstants& constants)
     : runtime_(runtime), memory_(memory), latents_(several(memory, 2, latent_shape)) {
   const Shape input_shape = update.gives_model_input ? twice(latent_shape) : latent_shape;
-  initial_input_ =
-      update.gives_model_input ? memory.zeros(input_shape, MCT_FLOAT32) : latents_[0];
+  initial_input_ = update.gives_model_input ? memory.zeros(input_shape, MCT_FLOAT32) : latents_[0];
   const std::vector<TensorPtr> velocities = several(memory, update.history, latent_shape);
   const TensorPtr output = memory.zeros(input_shape, MCT_FLOAT32);
   const TensorPtr zeros = memory.zeros(latent_shape, MCT_FLOAT32);

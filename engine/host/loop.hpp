@@ -1,5 +1,5 @@
-// The denoising loop, the mirror of meancache/loop.py: B times (network, update), with every address
-// fixed beforehand.
+// The denoising loop, the mirror of meancache/loop.py: B times (network, update), with every
+// address fixed beforehand.
 //
 //     v_n = network(x, timestep_n, conditioning)
 //     x   = x + Σ_j weights[n][j] · v_{n−j}

@@ -56,8 +56,7 @@ std::size_t Component::history() const {
   return 1 + static_cast<std::size_t>(std::count_if(inputs.begin(), inputs.end(), is_history));
 }
 
-std::string size_text(std::int64_t height, std::int64_t width,
-                      std::optional<std::int64_t> frames) {
+std::string size_text(std::int64_t height, std::int64_t width, std::optional<std::int64_t> frames) {
   return text_of(width) + "x" + text_of(height) +
          (frames.value_or(0) != 0 ? "x" + text_of(*frames) : "");
 }
@@ -68,8 +67,8 @@ bool Guidance::is_classifier_free() const {
 
 void check_guidance(const Guidance& guidance, std::optional<double> scale) {
   if (guidance.rule == "none" && scale) {
-    throw Error(MCT_INPUT_ERROR, "this model takes no guidance scale, found " + text_of(*scale) +
-                                     "; leave it out");
+    throw Error(MCT_INPUT_ERROR,
+                "this model takes no guidance scale, found " + text_of(*scale) + "; leave it out");
   }
   check_guidance_scale(scale);
   if (guidance.is_classifier_free() && scale && *scale < 1) {

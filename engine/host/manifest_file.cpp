@@ -20,9 +20,9 @@ mct_dtype read_dtype(const Json& json) {
 
 Role read_role(const Json& json) {
   const std::vector<std::string> names = {
-      "noise",        "latent",    "model_input", "latent_grid", "timestep", "guidance_scale",
-      "token_ids",    "conditioning", "text_mask", "prepared",    "velocity", "history",
-      "weights",      "image"};
+      "noise",          "latent",    "model_input",  "latent_grid", "timestep",
+      "guidance_scale", "token_ids", "conditioning", "text_mask",   "prepared",
+      "velocity",       "history",   "weights",      "image"};
   return static_cast<Role>(json.choice(names));
 }
 
@@ -151,8 +151,8 @@ Tiling read_tiling(const Json& json) {
 Guidance read_guidance(const Json& json) {
   JsonObject object(json);
   Guidance guidance;
-  const std::vector<std::string> rules = {"embedded", "classifier_free",
-                                          "classifier_free_rescaled", "none"};
+  const std::vector<std::string> rules = {"embedded", "classifier_free", "classifier_free_rescaled",
+                                          "none"};
   guidance.rule = rules[object.required("rule").choice(rules)];
   guidance.default_scale = maybe(object.required_nullable("default_scale"), to_number);
   object.close();
@@ -164,8 +164,7 @@ void check_parity(const Json& json) {
   object.required("component").text();
   object.required("max_abs_error").number();
   object.required("tolerance").number();
-  list_of(object.required("sizes"),
-          [](const Json& sizes) { return table_of(sizes, to_integer); });
+  list_of(object.required("sizes"), [](const Json& sizes) { return table_of(sizes, to_integer); });
   object.required("runtime").text();
   if (const auto blocks = object.optional("blocks")) {
     list_of(*blocks, to_text);
@@ -277,8 +276,8 @@ Manifest parse_manifest(std::string_view text, const std::string& path) {
     const JsonValue root = parse_json(text);
     manifest = decode(Json(root));
   } catch (const JsonTypeError& fault) {
-    throw Error(MCT_BUNDLE_ERROR, path + ": not a valid manifest file: " + fault.what() +
-                                      "; build the bundle again");
+    throw Error(MCT_BUNDLE_ERROR,
+                path + ": not a valid manifest file: " + fault.what() + "; build the bundle again");
   } catch (const JsonSyntaxError& fault) {
     throw Error(MCT_BUNDLE_ERROR, path + ": not JSON, perhaps truncated: " + fault.what() +
                                       "; build the bundle again");

@@ -104,9 +104,9 @@ class OpenVinoGraph : public Graph {
       }
       return std::make_shared<BoundRequest>(std::move(request), tensors);
     } catch (const ov::Exception& error) {
-      throw Error(MCT_RENDER_ERROR, "OpenVINO cannot run " + path_ +
-                                        " at these sizes; the bundle was built for others: " +
-                                        error.what());
+      throw Error(MCT_RENDER_ERROR,
+                  "OpenVINO cannot run " + path_ +
+                      " at these sizes; the bundle was built for others: " + error.what());
     }
   }
 
@@ -138,7 +138,8 @@ class OpenVinoGraph : public Graph {
     for (const auto& port : model_->inputs()) {
       const std::string& name = port.get_any_name();
       const Shape& shape = tensors.at(name)->shape();
-      shapes.emplace(name, ov::PartialShape(std::vector<ov::Dimension>(shape.begin(), shape.end())));
+      shapes.emplace(name,
+                     ov::PartialShape(std::vector<ov::Dimension>(shape.begin(), shape.end())));
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& [known, model] : compiled_) {
@@ -230,8 +231,8 @@ class OpenVinoRuntime : public Runtime {
 
 std::shared_ptr<Runtime> open_openvino(const RuntimeOptions& options) {
   if (options.threads < 0) {
-    throw Error(MCT_INPUT_ERROR, "threads are 0 (all) or more, found " +
-                                     text_of(std::int64_t{options.threads}));
+    throw Error(MCT_INPUT_ERROR,
+                "threads are 0 (all) or more, found " + text_of(std::int64_t{options.threads}));
   }
   try {
     return std::make_shared<OpenVinoRuntime>(options.threads);

@@ -119,8 +119,8 @@ Schedule decode(const Json& json) {
   const auto integers = [](const Json& values) { return list_of(values, to_integer); };
   schedule.spans = maybe(object.nullable("spans"), integers);
   schedule.history = object.required("history").integer();
-  schedule.weights = list_of(object.required("weights"),
-                             [](const Json& row) { return list_of(row, to_number); });
+  schedule.weights =
+      list_of(object.required("weights"), [](const Json& row) { return list_of(row, to_number); });
   if (const auto evidence = object.nullable("calibration")) {
     check_evidence(*evidence);
     schedule.is_calibrated = true;

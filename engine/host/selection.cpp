@@ -53,13 +53,11 @@ class Selection {
     try {
       schedule.check_grid(grid);
     } catch (const Error& error) {
-      const std::string size =
-          size_text(resolution_.height, resolution_.width, resolution_.frames);
+      const std::string size = size_text(resolution_.height, resolution_.width, resolution_.frames);
       fail_schedule(std::string(error.what()) + ". To make one for " + size +
                     ": `meancache-trt calibrate MODEL -o DIRECTORY --resolution " + size +
                     "`, then `meancache-trt bake --calibration DIRECTORY --budget " +
-                    text_of(schedule.budget()) + " --bundle " + bundle_.directory().string() +
-                    "`");
+                    text_of(schedule.budget()) + " --bundle " + bundle_.directory().string() + "`");
     }
   }
 
@@ -153,8 +151,8 @@ void check_origin(const Schedule& schedule, const Exported& exported,
     fail_schedule("schedule " + repr_of(schedule.name) + " was calibrated on " +
                   repr_of(*schedule.model_name) + " (digest " +
                   schedule.model_digest->substr(0, 12) + "), this bundle is " +
-                  repr_of(exported.model_name) + " (digest " +
-                  exported.model_digest.substr(0, 12) + "); calibrate on this checkpoint");
+                  repr_of(exported.model_name) + " (digest " + exported.model_digest.substr(0, 12) +
+                  "); calibrate on this checkpoint");
   }
   if (schedule.is_calibrated && schedule.precision != precision) {
     fail_schedule("schedule " + repr_of(schedule.name) + " was calibrated in " +

@@ -199,8 +199,8 @@ void Session::set_conditioning(const std::string& name, const Given& given) {
     for (const auto& entry : conditioning_) {
       known.push_back(entry.first);
     }
-    throw Error(MCT_INPUT_ERROR, "unknown conditioning " + repr_of(name) + "; expected one of " +
-                                     joined(known));
+    throw Error(MCT_INPUT_ERROR,
+                "unknown conditioning " + repr_of(name) + "; expected one of " + joined(known));
   }
   check_place(name.c_str(), given, tensor->second->size_bytes());
   tensor->second->write(given.data, given.memory, stream_);
@@ -336,14 +336,13 @@ const Array& Session::decode(bool is_space_tiled) {
   }
   std::unique_ptr<Decoder>& decoder = decoders_[is_space_tiled];
   if (!decoder) {
-    const std::vector<Level> tiles =
-        levels(graphs_->bundle().exported().tiling, is_space_tiled);
+    const std::vector<Level> tiles = levels(graphs_->bundle().exported().tiling, is_space_tiled);
     const auto [name, component] = graphs_->network("vae_decoder");
     const TensorRecord& image = component->outputs.at(component->output_named(Role::image));
-    decoder = std::make_unique<Decoder>(
-        graphs_->runtime(), graphs_->load(name, *component), *component,
-        loop_->final_latent()->view(with_batch(resolution_.decode_shape)), image.resolved(sizes_),
-        tiles);
+    decoder =
+        std::make_unique<Decoder>(graphs_->runtime(), graphs_->load(name, *component), *component,
+                                  loop_->final_latent()->view(with_batch(resolution_.decode_shape)),
+                                  image.resolved(sizes_), tiles);
   }
   return decoder->run(stream_);
 }

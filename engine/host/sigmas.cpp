@@ -100,15 +100,14 @@ void check_recipe(const Recipe& recipe) {
     fail("a grid has at least one step, found " + text_of(recipe.steps) +
          "; give --steps 1 or more");
   }
-  const double positive = !recipe.mu                            ? recipe.shift
+  const double positive = !recipe.mu                           ? recipe.shift
                           : recipe.time_shift_type == "linear" ? *recipe.mu
-                                                                : 1.0;
+                                                               : 1.0;
   if (!(positive > 0) || std::isinf(positive)) {
     fail("a shift is positive and finite, found " + text_of(positive) + "; 1 leaves the grid");
   }
   if (recipe.mu && !(std::fabs(*recipe.mu) <= largest_mu)) {
-    fail("mu is at most 80.0 either way, found " + text_of(*recipe.mu) +
-         "; FLUX uses 0.5 to 1.15");
+    fail("mu is at most 80.0 either way, found " + text_of(*recipe.mu) + "; FLUX uses 0.5 to 1.15");
   }
   const double terminal = recipe.shift_terminal;
   if (terminal != 0 && !(terminal > 0 && terminal < 1)) {
@@ -146,7 +145,7 @@ bool is_set(const JsonValue& config, const char* option) {
 double number_of(const JsonValue& config, const char* option, double otherwise) {
   const JsonValue* value = config.find(option);
   return value == nullptr || value->kind == JsonValue::Kind::null ? otherwise
-                                                                   : Json(*value).number();
+                                                                  : Json(*value).number();
 }
 
 // A line through two published points.
@@ -211,8 +210,8 @@ std::optional<std::string> SigmaGrid::difference(const SigmaGrid& other) const {
   }
   if (gap > sigma_tolerance) {
     return "sigma " + fixed6(sigmas[step]) + " against " + fixed6(other.sigmas[step]) +
-           " at step " + std::to_string(step) + " (" + describe() + " against " +
-           other.describe() + ")";
+           " at step " + std::to_string(step) + " (" + describe() + " against " + other.describe() +
+           ")";
   }
   if (num_train_timesteps != other.num_train_timesteps) {
     return "timesteps of sigma x " + text_of(num_train_timesteps) + " against " +

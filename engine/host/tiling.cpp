@@ -41,7 +41,8 @@ Shape shape_of(const std::vector<Range>& ranges) {
   return shape;
 }
 
-// Copy between a box of a large array and the head of a small one, a row of the last axis at a time.
+// Copy between a box of a large array and the head of a small one, a row of the last axis at a
+// time.
 template <class CopyRow>
 void for_each_row(const Shape& large, const std::vector<Range>& box, const Shape& small,
                   CopyRow copy) {
@@ -89,14 +90,13 @@ void put(const Array& tile, const std::vector<Range>& box, Array& image) {
 // The tiles of one level, which are blended and put side by side.
 //
 // A tile fades in over those before it along each axis in turn, which have already done so with
-// theirs. The order counts: where four tiles meet, diffusers' shares are not products of those along
-// the axes.
+// theirs. The order counts: where four tiles meet, diffusers' shares are not products of those
+// along the axes.
 class Mosaic {
  public:
   Mosaic(const Array& latent, const Level& level) : latent_(latent), level_(level) {
     for (const TiledAxis& axis : level) {
-      plans_.push_back(
-          pieces(axis, latent.shape[axis_of(axis.latent_axis, latent.shape)]));
+      plans_.push_back(pieces(axis, latent.shape[axis_of(axis.latent_axis, latent.shape)]));
     }
   }
 
@@ -118,8 +118,7 @@ class Mosaic {
   std::vector<Range> latent_box(const Index& index) const {
     std::vector<Range> box = whole(latent_.shape);
     for (std::size_t place = 0; place < level_.size(); ++place) {
-      box[axis_of(level_[place].latent_axis, latent_.shape)] =
-          plans_[place][index[place]].latent;
+      box[axis_of(level_[place].latent_axis, latent_.shape)] = plans_[place][index[place]].latent;
     }
     return box;
   }
@@ -141,8 +140,9 @@ class Mosaic {
     const Shape needed = shape_of(target);
     for (std::size_t axis = 0; axis < needed.size(); ++axis) {
       if (needed[axis] > tile.shape[axis]) {
-        throw Error(MCT_BUNDLE_ERROR, "a decoded tile is smaller than the manifest's tiling says; "
-                                      "build the bundle again");
+        throw Error(MCT_BUNDLE_ERROR,
+                    "a decoded tile is smaller than the manifest's tiling says; "
+                    "build the bundle again");
       }
     }
     put(tile, target, image_);
@@ -261,8 +261,8 @@ void blend(const Array& before, Array& tile, const TiledAxis& axis) {
       // Each share is rounded before it multiplies, as torch does with a Python number.
       const auto old_share = static_cast<float>(1 - shares);
       const auto new_share = static_cast<float>(shares);
-      const float* end = &before.values[static_cast<std::size_t>(
-          (row * there + there - extent + k) * inner)];
+      const float* end =
+          &before.values[static_cast<std::size_t>((row * there + there - extent + k) * inner)];
       float* head = &tile.values[static_cast<std::size_t>((row * here + k) * inner)];
       for (std::int64_t column = 0; column < inner; ++column) {
         head[column] = end[column] * old_share + head[column] * new_share;

@@ -1,5 +1,5 @@
-// Decoding in overlapping tiles that are blended, the mirror of src/meancache_trt/tiling.py, bit for
-// bit given the same decoded tiles.
+// Decoding in overlapping tiles that are blended, the mirror of src/meancache_trt/tiling.py, bit
+// for bit given the same decoded tiles.
 
 #ifndef MEANCACHE_TRT_HOST_TILING_HPP
 #define MEANCACHE_TRT_HOST_TILING_HPP

@@ -3,9 +3,9 @@
  *
  *   mct_bundle* bundle = NULL;
  *   mct_session* session = NULL;
- *   mct_bundle_options opening = {sizeof opening};
+ *   mct_bundle_options opening = {.struct_size = sizeof opening};
  *   opening.path = "flux.mcb";
- *   mct_session_options options = {sizeof options};
+ *   mct_session_options options = {.struct_size = sizeof options};
  *   options.schedule = "b10";
  *   if (mct_bundle_open(&opening, &bundle) || mct_session_create(bundle, &options, &session)) {
  *     fprintf(stderr, "%s\n", mct_last_error());
@@ -15,11 +15,11 @@
  * mct_session_run, mct_session_decode. examples/c/minimal.c is a whole program.
  *
  * Conventions
- * - Every function that can fail returns a status, and mct_last_error() says what was expected, what
- *   was found and what to do, in the words of the Python host. Nothing is thrown.
+ * - Every function that can fail returns a status, and mct_last_error() says what was expected,
+ * what was found and what to do, in the words of the Python host. Nothing is thrown.
  * - A structure begins with its own size, which the caller sets, so that a library that knows more
- *   fields than the program still works; the rest is zero where a default is meant. A structure that
- *   is larger than the library's is refused where the surplus is not zero.
+ *   fields than the program still works; the rest is zero where a default is meant. A structure
+ * that is larger than the library's is refused where the surplus is not zero.
  * - Sizes of arrays are given and checked: in elements where a name ends in _count, in bytes where
  *   it ends in _bytes. Arrays are row-major and without gaps; images have their channels last.
  * - Pointers must not be NULL unless it is said. Texts are UTF-8 and end with 0.
@@ -62,15 +62,15 @@ extern "C" {
 /* What went wrong; the names are those of the Python host's errors. */
 typedef enum mct_status {
   MCT_OK = 0,
-  MCT_SCHEDULE_ERROR = 1,             /* a schedule that is malformed, or does not fit its use */
-  MCT_BUNDLE_ERROR = 2,               /* a bundle that is missing, damaged or lacks something */
-  MCT_RUNTIME_UNAVAILABLE_ERROR = 3,  /* a backend that is not compiled in, or has no device */
-  MCT_PLAN_ERROR = 4,                 /* a graph that the backend cannot build */
-  MCT_PLAN_MISMATCH_ERROR = 5,        /* a plan for another GPU, library, graph or size */
-  MCT_RENDER_ERROR = 6,               /* a render that produced no valid picture */
-  MCT_INPUT_ERROR = 7,                /* an argument, option or file that cannot be used */
-  MCT_CANCELLED = 8,                  /* the callback asked to stop; the session is usable */
-  MCT_INTERNAL_ERROR = 9              /* out of memory, or a fault of this library */
+  MCT_SCHEDULE_ERROR = 1,            /* a schedule that is malformed, or does not fit its use */
+  MCT_BUNDLE_ERROR = 2,              /* a bundle that is missing, damaged or lacks something */
+  MCT_RUNTIME_UNAVAILABLE_ERROR = 3, /* a backend that is not compiled in, or has no device */
+  MCT_PLAN_ERROR = 4,                /* a graph that the backend cannot build */
+  MCT_PLAN_MISMATCH_ERROR = 5,       /* a plan for another GPU, library, graph or size */
+  MCT_RENDER_ERROR = 6,              /* a render that produced no valid picture */
+  MCT_INPUT_ERROR = 7,               /* an argument, option or file that cannot be used */
+  MCT_CANCELLED = 8,                 /* the callback asked to stop; the session is usable */
+  MCT_INTERNAL_ERROR = 9             /* out of memory, or a fault of this library */
 } mct_status;
 
 typedef enum mct_dtype {
@@ -98,8 +98,8 @@ typedef struct mct_session mct_session;
 
 /* ---- Library ------------------------------------------------------------------------------ */
 
-/* The library's version, such as "0.1.0". Compare with the MCT_VERSION_ numbers of the header: until
- * 1.0 the first two have to be equal. */
+/* The library's version, such as "0.1.0". Compare with the MCT_VERSION_ numbers of the header:
+ * until 1.0 the first two have to be equal. */
 MCT_API const char* mct_version(void);
 
 /* The backends that this library was compiled with, such as "openvino", separated by commas; in the
@@ -225,9 +225,9 @@ typedef struct mct_session_options {
 /* Make a bundle ready to render one schedule at one size and batch: all memory is allocated and
  * bound here, none while it runs. *session is set to NULL where it fails.
  *
- * Fails with MCT_SCHEDULE_ERROR where the schedule belongs to another model, grid, guidance scale or
- * precision, MCT_BUNDLE_ERROR where the bundle lacks what was asked for, MCT_INPUT_ERROR for a scale
- * or size that cannot be, MCT_RUNTIME_UNAVAILABLE_ERROR where the backend cannot run here. */
+ * Fails with MCT_SCHEDULE_ERROR where the schedule belongs to another model, grid, guidance scale
+ * or precision, MCT_BUNDLE_ERROR where the bundle lacks what was asked for, MCT_INPUT_ERROR for a
+ * scale or size that cannot be, MCT_RUNTIME_UNAVAILABLE_ERROR where the backend cannot run here. */
 MCT_API mct_status mct_session_create(mct_bundle* bundle, const mct_session_options* options,
                                       mct_session** session);
 
@@ -263,9 +263,9 @@ MCT_API mct_status mct_session_get_info(const mct_session* session, mct_session_
 MCT_API mct_status mct_session_get_conditioning(const mct_session* session, size_t index,
                                                 mct_tensor* tensor);
 
-/* Set a tensor of conditioning: `size_bytes` as mct_session_get_conditioning says. It stays until it
- * is set again. Device memory is read in the order of the stream of the last enqueue; wait for what
- * writes it before. */
+/* Set a tensor of conditioning: `size_bytes` as mct_session_get_conditioning says. It stays until
+ * it is set again. Device memory is read in the order of the stream of the last enqueue; wait for
+ * what writes it before. */
 MCT_API mct_status mct_session_set_conditioning(mct_session* session, const char* name,
                                                 const void* data, size_t size_bytes,
                                                 mct_memory memory);
@@ -276,7 +276,8 @@ MCT_API mct_status mct_session_set_conditioning(mct_session* session, const char
 MCT_API mct_status mct_session_set_token_ids(mct_session* session, const char* encoder,
                                              const int64_t* ids, size_t ids_count);
 
-/* Free the text encoders before the network runs; the next mct_session_set_token_ids loads again. */
+/* Free the text encoders before the network runs; the next mct_session_set_token_ids loads again.
+ */
 MCT_API mct_status mct_session_release_encoders(mct_session* session);
 
 /* Called after each evaluation; `done` counts from 1 to `budget`. Not 0 cancels: the run ends with
@@ -322,7 +323,8 @@ typedef struct mct_decode_options {
   size_t pixels_count;
   uint8_t* rgb; /* host memory for image_count bytes, rounded as diffusers does, or NULL */
   size_t rgb_count;
-  int vae_tiling; /* not 0: decode in blended tiles, in less memory, as diffusers' enable_tiling() */
+  int vae_tiling; /* not 0: decode in blended tiles, in less memory, as diffusers' enable_tiling()
+                   */
 } mct_decode_options;
 
 /* Make pictures of a latent and wait for them; at least one of pixels and rgb is given. A latent
