@@ -1,0 +1,162 @@
+"""The C++ host, built and installed once, and the stand-ins' bundles that it renders.
+
+The build folder is build/host in the checkout, so that a second run compiles what changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from meancache_trt import build as stages
+from meancache_trt.bundle import Bundle
+from meancache_trt.conditioning import Conditioning
+from meancache_trt.engine.native import NativeLibrary
+from meancache_trt.meancache.schedule import bake
+from meancache_trt.render import Pipeline
+from tests.conftest import OFFICIAL, STEPS
+
+ROOT = Path(__file__).parents[2]
+PROMPT, NEGATIVE = "a small red circle at the top left", "a blue square"
+TWO_CORES = "2"
+
+
+@dataclass(frozen=True)
+class Host:
+    """The build folder, the prefix that the host was installed to, and the built examples."""
+
+    build: Path
+
+    @property
+    def prefix(self) -> Path:
+        return self.build / "prefix"
+
+    @property
+    def examples(self) -> Path:
+        return self.build / "examples"
+
+    @property
+    def library(self) -> Path:
+        return self.prefix / "lib" / "libmeancache_trt.so"
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    """Run a command that has to succeed; returns its output."""
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def require_tools() -> None:
+    """Skip where there is nothing to build with, saying what is missing."""
+    for tool in ("cmake", "ctest", "ninja"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"the C++ host needs {tool}; it is in the dev extra")
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("the C++ host needs a C++ compiler, found none")
+
+
+def openvino_folder() -> Path:
+    """Where the wheel has OpenVINO's CMake package."""
+    found = importlib.util.find_spec("openvino")
+    if found is None or found.origin is None:
+        pytest.skip("the C++ host is tested with the OpenVINO of its wheel, which is not installed")
+    return Path(found.origin).parent / "cmake"
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    """The host with OpenVINO, tested by CTest and installed; the examples built from there."""
+    require_tools()
+    built = Host(ROOT / "build" / "host")
+    built.build.mkdir(parents=True, exist_ok=True)
+    with FileLock(built.build / ".lock"):
+        options = [f"-DOpenVINO_DIR={openvino_folder()}", "-DMEANCACHE_TRT_OPENVINO=ON"]
+        run(
+            "cmake", "-S", ROOT, "-B", built.build, "-G", "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release", "-DMEANCACHE_TRT_WARNINGS_AS_ERRORS=ON",
+            "-DCMAKE_INSTALL_LIBDIR=lib", *options,
+        )  # fmt: skip
+        run("cmake", "--build", built.build, "--parallel", TWO_CORES)
+        run("cmake", "--install", built.build, "--prefix", built.prefix, "--strip")
+        run(
+            "cmake", "-S", ROOT / "examples", "-B", built.examples, "-G", "Ninja",
+            f"-DCMAKE_PREFIX_PATH={built.prefix}", "-DCMAKE_BUILD_TYPE=Release",
+            "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Wpedantic -Werror",
+            "-DCMAKE_C_FLAGS=-Wall -Wextra -Wpedantic -Werror",
+        )  # fmt: skip
+        run("cmake", "--build", built.examples, "--parallel", TWO_CORES)
+    return built
+
+
+@pytest.fixture(scope="session")
+def library(host: Host) -> NativeLibrary:
+    return NativeLibrary(host.library)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A stand-in's bundle and one encoded prompt, with its negative prompt where it takes one."""
+
+    bundle: Path
+    conditioning: Conditioning
+
+    @property
+    def tensors(self) -> Mapping[str, NDArray[np.float32]]:
+        return self.conditioning.tensors
+
+
+@pytest.fixture(scope="session", params=["flux", "qwen_image", "hunyuan_video"])
+def subject(
+    request: pytest.FixtureRequest, shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Subject:
+    """Each of the three stand-ins: an image, true CFG, and a video."""
+    if request.param == "flux":
+        return _subject(shared_bundle)
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    bundle = root / f"host-{request.param}.mcb"
+    with FileLock(f"{bundle}.lock"):
+        if not bundle.exists():
+            _export(request.param, bundle)
+    return _subject(bundle)
+
+
+@pytest.fixture(scope="session")
+def flux(shared_bundle: Path) -> Subject:
+    return _subject(shared_bundle)
+
+
+def _subject(bundle: Path) -> Subject:
+    with Pipeline(Bundle.open(bundle), threads=1, embedding_cache="off") as pipeline:
+        prompt = pipeline.encode([PROMPT])
+        if not pipeline.bundle.export.guidance.is_classifier_free:
+            return Subject(bundle, prompt)
+        return Subject(bundle, prompt.followed_by(pipeline.encode([NEGATIVE])))
+
+
+def _export(name: str, path: Path) -> None:
+    checkpoint = stages.find_model(f"standin/{name}")
+    # What is compared here are two hosts on one set of graphs, which other tests compare with
+    # diffusers.
+    options = stages.ExportOptions(
+        size=stages.picture_size(checkpoint, None, None), is_parity_checked=False
+    )
+    bundle = stages.export(checkpoint, path, options, note=lambda _: None, is_forced=False)
+    with Pipeline(bundle) as pipeline:
+        grid = pipeline.grid(STEPS)
+    nodes, spans = OFFICIAL["b10"]
+    bundle.add_schedule(bake("euler", grid, range(STEPS), name="full"))
+    bundle.add_schedule(bake("official", grid, nodes, spans, name="b10"))
