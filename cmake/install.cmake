@@ -38,6 +38,8 @@ install(FILES ${PROJECT_BINARY_DIR}/meancache_trtConfig.cmake
               ${PROJECT_BINARY_DIR}/meancache_trtConfigVersion.cmake
   DESTINATION ${package_folder})
 
+# The prefix as seen from the file, so that the installed tree may move.
+file(RELATIVE_PATH pc_prefix "/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/")
 configure_file(cmake/meancache_trt.pc.in ${PROJECT_BINARY_DIR}/meancache_trt.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/meancache_trt.pc
   DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
