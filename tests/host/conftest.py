@@ -5,10 +5,8 @@ The build folder is build/host in the checkout, so that a second run compiles wh
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from numpy.typing import NDArray
+from scripts.host.building import ROOT, build, build_host, openvino_folder
 
 from meancache_trt import build as stages
 from meancache_trt.bundle import Bundle
@@ -26,9 +25,7 @@ from meancache_trt.meancache.schedule import bake
 from meancache_trt.render import Pipeline
 from tests.conftest import OFFICIAL, STEPS
 
-ROOT = Path(__file__).parents[2]
 PROMPT, NEGATIVE = "a small red circle at the top left", "a blue square"
-TWO_CORES = "2"
 
 
 @dataclass(frozen=True)
@@ -50,15 +47,6 @@ class Host:
         return self.prefix / "lib" / "libmeancache_trt.so"
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    """Run a command that has to succeed; returns its output."""
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def require_tools() -> None:
     """Skip where there is nothing to build with, saying what is missing."""
     for tool in ("cmake", "ctest", "ninja"):
@@ -68,36 +56,23 @@ def require_tools() -> None:
         pytest.skip("the C++ host needs a C++ compiler, found none")
 
 
-def openvino_folder() -> Path:
-    """Where the wheel has OpenVINO's CMake package."""
-    found = importlib.util.find_spec("openvino")
-    if found is None or found.origin is None:
-        pytest.skip("the C++ host is tested with the OpenVINO of its wheel, which is not installed")
-    return Path(found.origin).parent / "cmake"
-
-
 @pytest.fixture(scope="session")
 def host() -> Host:
     """The host with OpenVINO, tested by CTest and installed; the examples built from there."""
     require_tools()
+    if openvino_folder() is None:
+        pytest.skip("the C++ host is tested with the OpenVINO of its wheel, which is not installed")
     built = Host(ROOT / "build" / "host")
     built.build.mkdir(parents=True, exist_ok=True)
+    warnings = "-Wall -Wextra -Wpedantic -Werror"
     with FileLock(built.build / ".lock"):
-        options = [f"-DOpenVINO_DIR={openvino_folder()}", "-DMEANCACHE_TRT_OPENVINO=ON"]
-        run(
-            "cmake", "-S", ROOT, "-B", built.build, "-G", "Ninja",
-            "-DCMAKE_BUILD_TYPE=Release", "-DMEANCACHE_TRT_WARNINGS_AS_ERRORS=ON",
-            "-DCMAKE_INSTALL_LIBDIR=lib", *options,
-        )  # fmt: skip
-        run("cmake", "--build", built.build, "--parallel", TWO_CORES)
-        run("cmake", "--install", built.build, "--prefix", built.prefix, "--strip")
-        run(
-            "cmake", "-S", ROOT / "examples", "-B", built.examples, "-G", "Ninja",
-            f"-DCMAKE_PREFIX_PATH={built.prefix}", "-DCMAKE_BUILD_TYPE=Release",
-            "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Wpedantic -Werror",
-            "-DCMAKE_C_FLAGS=-Wall -Wextra -Wpedantic -Werror",
-        )  # fmt: skip
-        run("cmake", "--build", built.examples, "--parallel", TWO_CORES)
+        build_host(built.build)
+        options = [
+            f"-DCMAKE_PREFIX_PATH={built.prefix}",
+            f"-DCMAKE_CXX_FLAGS={warnings}",
+            f"-DCMAKE_C_FLAGS={warnings}",
+        ]
+        build(built.examples, options, source=ROOT / "examples")
     return built
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image
+from scripts.host.building import ROOT, build, run
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.render import Pipeline
-from tests.host.conftest import ROOT, TWO_CORES, Host, Subject, require_tools, run
+from tests.host.conftest import Host, Subject, require_tools
 
 STRICT = ("-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only")
 
@@ -27,16 +28,17 @@ def test_ctest_passes(host: Host) -> None:
 
 def test_sanitizers_find_nothing_in_the_cpp_tests() -> None:
     require_tools()
-    build = ROOT / "build" / "host-sanitized"
-    build.mkdir(parents=True, exist_ok=True)
-    with FileLock(build / ".lock"):
-        run(
-            "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Debug",
-            "-DMEANCACHE_TRT_SANITIZE=ON", "-DMEANCACHE_TRT_OPENVINO=OFF",
-            "-DBUILD_SHARED_LIBS=OFF",
-        )  # fmt: skip
-        run("cmake", "--build", build, "--parallel", TWO_CORES)
-        assert "100% tests passed" in run("ctest", "--output-on-failure", cwd=build)
+    folder = ROOT / "build" / "host-sanitized"
+    folder.mkdir(parents=True, exist_ok=True)
+    options = [
+        "-DCMAKE_BUILD_TYPE=Debug",
+        "-DMEANCACHE_TRT_SANITIZE=ON",
+        "-DMEANCACHE_TRT_OPENVINO=OFF",
+        "-DBUILD_SHARED_LIBS=OFF",
+    ]
+    with FileLock(folder / ".lock"):
+        build(folder, options)
+        assert "100% tests passed" in run("ctest", "--output-on-failure", cwd=folder)
 
 
 @pytest.mark.parametrize(

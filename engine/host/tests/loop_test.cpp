@@ -3,77 +3,19 @@
 #include "loop.hpp"
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "check.hpp"
+#include "function_runtime.hpp"
 
 namespace {
 
 using mct::Bindings;
-using mct::CallPtr;
+using mct::FunctionGraph;
+using mct::FunctionRuntime;
+using mct::FunctionTensor;
 using mct::Shape;
-using mct::Stream;
 using mct::TensorPtr;
-
-class HostTensor : public mct::Tensor {
- public:
-  explicit HostTensor(const Shape& shape)
-      : Tensor(shape, MCT_FLOAT32), values(mct::elements_of(shape)) {}
-  void write(const void* source, mct_memory, Stream) override {
-    std::memcpy(values.data(), source, size_bytes());
-  }
-  void read(void* target, mct_memory, Stream) const override {
-    std::memcpy(target, values.data(), size_bytes());
-  }
-  TensorPtr view(Shape) const override { return nullptr; }
-
-  std::vector<float> values;
-};
-
-std::vector<float>& values_of(const Bindings& tensors, const std::string& name) {
-  return static_cast<HostTensor&>(*tensors.at(name)).values;
-}
-
-using Work = std::function<void(const Bindings&)>;
-
-class FunctionCall : public mct::Call {
- public:
-  FunctionCall(Work work, Bindings tensors)
-      : work_(std::move(work)), tensors_(std::move(tensors)) {}
-  void enqueue(Stream) override { work_(tensors_); }
-
- private:
-  Work work_;
-  Bindings tensors_;
-};
-
-class FunctionGraph : public mct::Graph {
- public:
-  explicit FunctionGraph(Work work) : work_(std::move(work)) {}
-  CallPtr bind(const Bindings& tensors) override {
-    return std::make_shared<FunctionCall>(work_, tensors);
-  }
-
- private:
-  Work work_;
-};
-
-class FunctionRuntime : public mct::Runtime {
- public:
-  std::string name() const override { return "functions"; }
-  std::string version() const override { return "0"; }
-  bool is_on_device() const override { return false; }
-  const std::vector<std::string>& precisions() const override { return precisions_; }
-  std::shared_ptr<mct::Graph> load(const mct::GraphSource&) override { return nullptr; }
-  TensorPtr zeros(const Shape& shape, mct_dtype) override {
-    return std::make_shared<HostTensor>(shape);
-  }
-  void synchronize(Stream) override {}
-
- private:
-  std::vector<std::string> precisions_ = {"float32"};
-};
 
 // v = timestep·x + offset, so that every evaluation differs.
 void network(const Bindings& tensors) {
@@ -130,7 +72,7 @@ struct Subject {
   std::vector<float> run(const std::vector<float>& start, const mct::OnEvaluation& callback = {}) {
     loop->initial()->write(start.data(), MCT_HOST, nullptr);
     is_done = loop->run(nullptr, callback);
-    return static_cast<HostTensor&>(*loop->final_latent()).values;
+    return static_cast<FunctionTensor&>(*loop->final_latent()).values;
   }
 
   FunctionRuntime runtime;
