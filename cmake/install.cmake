@@ -16,8 +16,6 @@ if(SKBUILD)
   set_target_properties(meancache_trt PROPERTIES
     INSTALL_RPATH_USE_LINK_PATH OFF
     INSTALL_RPATH "$ORIGIN/../openvino/libs")
-  # One file without links, which a wheel cannot hold.
-  set_target_properties(meancache_trt PROPERTIES VERSION "" SOVERSION "")
   install(TARGETS meancache_trt LIBRARY DESTINATION meancache_trt)
   return()
 endif()
