@@ -3,9 +3,7 @@
 include(CMakePackageConfigHelpers)
 
 set(package_folder ${CMAKE_INSTALL_LIBDIR}/cmake/meancache_trt)
-set(libraries meancache_trt_static)
 if(BUILD_SHARED_LIBS)
-  list(APPEND libraries meancache_trt)
   # Backends that are not on the linker's usual path, such as the OpenVINO of a wheel, are found
   # where they were at build time.
   set_target_properties(meancache_trt PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
@@ -20,9 +18,16 @@ if(SKBUILD)
   return()
 endif()
 
-install(TARGETS ${libraries} EXPORT meancache_trt_targets)
+# Two sets: a program that takes the shared library needs nothing of what the static one is made of.
+set(libraries meancache_trt_static)
+if(BUILD_SHARED_LIBS)
+  list(APPEND libraries meancache_trt)
+endif()
+foreach(library ${libraries})
+  install(TARGETS ${library} EXPORT ${library}_targets)
+  install(EXPORT ${library}_targets NAMESPACE meancache_trt:: DESTINATION ${package_folder})
+endforeach()
 install(FILES engine/include/meancache_trt.h engine/include/meancache_trt.hpp TYPE INCLUDE)
-install(EXPORT meancache_trt_targets NAMESPACE meancache_trt:: DESTINATION ${package_folder})
 
 set(has_openvino OFF)
 if(TARGET openvino::runtime)

@@ -32,6 +32,7 @@ from scripts.host.building import ROOT, build, build_host, run
 from scripts.host.idle_runtime import idle_loop
 from scripts.host.memory import valgrind
 from scripts.host.mutations import copied, mutate
+from tests.export.tiny_flux import tiny_pipeline
 
 from meancache_trt import build as stages
 from meancache_trt.bundle import Bundle
@@ -39,6 +40,7 @@ from meancache_trt.conditioning import Conditioning
 from meancache_trt.engine.native import NativeBundle, NativeLibrary
 from meancache_trt.errors import MeanCacheError
 from meancache_trt.meancache.schedule import bake
+from meancache_trt.meancache.sigmas import make_grid
 from meancache_trt.render import Pipeline
 
 HOST, FUZZ = ROOT / "build" / "host", ROOT / "build" / "fuzz"
@@ -59,7 +61,7 @@ def main() -> None:
         bundle = _bundle(Path(work))
         record = {
             "machine": {"cores": len(os.sched_getaffinity(0)), "backend": _backend(bundle)},
-            "valgrind": _valgrind(bundle, options.cycles),
+            "valgrind": _valgrind(_tiny_bundle(Path(work)), options.cycles),
             "mutated_bundles": _worker("mutations", bundle, options),
             "fuzzers": _fuzzers(bundle, options.fuzz_seconds),
             "loop_us_per_evaluation": _loop(options.rounds),
@@ -96,6 +98,16 @@ def _bundle(work: Path) -> Path:
         grid = pipeline.grid(50)
         pipeline.encode([PROMPT]).save(_prompt(path))
     bundle.add_schedule(bake("official", grid, NODES, SPANS, name="b10"))
+    return path
+
+
+def _tiny_bundle(work: Path) -> Path:
+    """Random networks of a few kilobytes: valgrind takes a hundred times as long for everything."""
+    tiny_pipeline().save_pretrained(work / "tiny")
+    exporting = stages.ExportOptions(size=(32, 48), text_tokens=12, is_parity_checked=False)
+    checkpoint, path = stages.find_model(str(work / "tiny")), work / "tiny.mcb"
+    bundle = stages.export(checkpoint, path, exporting, note=lambda _: None, is_forced=False)
+    bundle.add_schedule(bake("ab2", make_grid(8, shift=3.0), (0, 2, 5), name="b3"))
     return path
 
 

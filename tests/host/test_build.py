@@ -98,6 +98,28 @@ def test_pkg_config_gives_what_a_program_needs(host: Host, tmp_path: Path) -> No
     assert program.is_file()
 
 
+def test_the_static_library_links_by_find_package(
+    host: Host, flux: Subject, tmp_path: Path
+) -> None:
+    """By the name that it has beside the shared one; what it is made of comes along."""
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(ROOT / "examples" / "c" / "minimal.c", source)
+    (source / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.20)\n"
+        "project(program C CXX)\n"
+        "find_package(meancache_trt 0.1 REQUIRED CONFIG)\n"
+        "add_executable(program minimal.c)\n"
+        "set_target_properties(program PROPERTIES LINKER_LANGUAGE CXX)\n"
+        "target_link_libraries(program PRIVATE meancache_trt::meancache_trt_static)\n"
+    )
+    build(tmp_path / "build", [f"-DCMAKE_PREFIX_PATH={host.prefix}"], source=source)
+    program = tmp_path / "build" / "program"
+    done = subprocess.run([program, flux.bundle], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"P6\n64 64\n255\n")
+
+
 def test_minimal_c_program_renders(host: Host, flux: Subject, tmp_path: Path) -> None:
     picture = tmp_path / "picture.ppm"
     with picture.open("wb") as out:
