@@ -12,6 +12,7 @@ library; any other is named by its path.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import byref, c_char_p, c_size_t, c_void_p
 from functools import partial
@@ -100,7 +101,7 @@ class NativeLibrary:
         handle.value = None
 
     def _text(self, name: str) -> str:
-        return str(getattr(self._functions, name)().decode())
+        return str(getattr(self._functions, name)().decode(errors="replace"))
 
 
 class _Handle:
@@ -146,7 +147,7 @@ class NativeBundle(_Handle):
         is_full_check: bool = False,
     ) -> None:
         super().__init__(library or NativeLibrary())
-        options = abi.BundleOptions(path=str(directory).encode(), is_full_check=is_full_check)
+        options = abi.BundleOptions(path=os.fsencode(directory), is_full_check=is_full_check)
         self.library.call("mct_bundle_open", byref(options), byref(self._handle))
 
     @property
@@ -309,7 +310,7 @@ class NativeSession(_Handle):
 
 
 def _bytes(text: str | None) -> bytes | None:
-    return None if text is None else text.encode()
+    return None if text is None else os.fsencode(text)
 
 
 def _callback(on_evaluation: OnEvaluation | None, raised: list[BaseException]) -> Any:

@@ -153,6 +153,20 @@ def test_symbolic_links_are_refused_with_what_to_do(
         opened.session("b6")
 
 
+def test_a_shorter_text_length_takes_shorter_conditioning(
+    flux: Subject, opened: NativeBundle
+) -> None:
+    tensors = dict(flux.tensors)
+    tensors["encoder_hidden_states"] = tensors["encoder_hidden_states"][:, :16]
+    with opened.session("b6", text_tokens=16, threads=1) as session:
+        session.set_conditioning(tensors)
+        assert np.isfinite(session.run(seeds=[1])).all()
+    with pytest.raises(
+        InputError, match="a text length is 1 to 32 tokens in this bundle, found 33"
+    ):
+        opened.session("b6", text_tokens=33)
+
+
 # What the two hosts are asked for, and both refuse.
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("no schedule of that name", {"schedule": "b7"}),
