@@ -63,6 +63,7 @@ bool start(Session& session, const mct_run_options& given) {
     throw Error(MCT_INPUT_ERROR, "the backend " + session.runtime().name() +
                                      " runs on the CPU and has no streams; leave stream NULL");
   }
+  session.set_stream(given.stream);
   if (given.seeds != nullptr) {
     session.set_seeds(given.seeds, given.seed_count);
   } else {
@@ -74,7 +75,7 @@ bool start(Session& session, const mct_run_options& given) {
       return given.on_evaluation(given.user_data, done, budget) == 0;
     };
   }
-  return session.run(given.stream, on_evaluation);
+  return session.run(on_evaluation);
 }
 
 // The images with channels last and clipped, each value handed to `put` by its place.

@@ -285,15 +285,14 @@ void Session::set_seeds(const std::uint64_t* seeds, std::size_t count) {
   noise_->write(noise_values_.data(), MCT_HOST, stream_);
 }
 
-bool Session::run(Stream stream, const OnEvaluation& on_evaluation) {
+bool Session::run(const OnEvaluation& on_evaluation) {
   if (!missing_.empty()) {
     throw Error(MCT_RENDER_ERROR, "the conditioning lacks " + repr_of(*missing_.begin()) +
                                       "; encode prompts with this bundle and set all of it");
   }
-  stream_ = stream;
   has_latent_ = false;
-  preparation_->enqueue(stream);
-  if (!loop_->run(stream, on_evaluation)) {
+  preparation_->enqueue(stream_);
+  if (!loop_->run(stream_, on_evaluation)) {
     return false;
   }
   has_latent_ = true;

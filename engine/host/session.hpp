@@ -63,10 +63,12 @@ class Session {
   void set_token_ids(const std::string& encoder, const std::int64_t* ids, std::size_t count);
   void release_encoders() { encoders_.clear(); }
 
+  // What all further work and copies are put on; null is the backend's own.
+  void set_stream(Stream stream) { stream_ = stream; }
   void set_noise(const Given& noise);
   void set_seeds(const std::uint64_t* seeds, std::size_t count);
   // From what was set to the final latent; returns false where the callback asked to stop.
-  bool run(Stream stream, const OnEvaluation& on_evaluation);
+  bool run(const OnEvaluation& on_evaluation);
   // Wait for the last run and check its result.
   void wait();
   void read_latent(float* latent, std::size_t count, mct_memory memory);
@@ -107,7 +109,7 @@ class Session {
   CallPtr preparation_;
   std::map<bool, std::unique_ptr<Decoder>> decoders_;
   std::map<std::string, Encoder> encoders_;
-  Stream stream_ = nullptr;  // of the last run
+  Stream stream_ = nullptr;
   bool has_latent_ = false;
 };
 
