@@ -5,9 +5,21 @@ Run it only where the generator is changed on purpose: every seed then gives ano
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from meancache_trt.manifest import TiledAxis, Tiling
+from meancache_trt.meancache.methods import METHODS
 from meancache_trt.meancache.noise import philox_normal
+from meancache_trt.meancache.sigmas import grid_from_config, make_grid
+from meancache_trt.tiling import Level, decode_tiled, image_shape, levels
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
@@ -36,6 +48,140 @@ def noise_text() -> str:
     return "".join(lines)
 
 
+FLUX = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+QWEN = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192}
+GRID_CASES: tuple[tuple[str, str, int, int, dict[str, Any]], ...] = (
+    ("static shift", "linspace", 50, 64, {"shift": 3.0}),
+    ("one step", "linspace", 1, 64, {"shift": 3.0}),
+    ("FLUX.1-dev at 1024", "linspace", 28, 4096, FLUX),
+    ("FLUX.1-dev at 1280x720", "linspace", 50, 3600, FLUX),
+    ("Qwen-Image with a terminal", "linspace", 50, 6032, {**QWEN, "shift_terminal": 0.02}),
+    ("linear dynamic shift", "linspace", 20, 2048, {**FLUX, "time_shift_type": "linear"}),
+    ("HunyuanVideo", "linspace_to_zero", 50, 7200, {"shift": 7.0}),
+    ("a count alone", "count", 40, 1024, {"shift": 3.0}),
+    ("a count, dynamic", "count", 30, 1024, FLUX),
+)
+"""Name, convention, steps, image tokens and scheduler configuration."""
+
+
+def grids_text() -> str:
+    """All of `grids.json`: what `grid_from_config` makes of each case."""
+    cases = []
+    for name, convention, steps, tokens, config in GRID_CASES:
+        grid = grid_from_config(config, steps, convention=convention, image_tokens=tokens)
+        cases.append(
+            {
+                "name": name,
+                "convention": convention,
+                "steps": steps,
+                "image_tokens": tokens,
+                "config": config,
+                "sigmas": grid.sigmas,
+                "timesteps": grid.timesteps,
+            }
+        )
+    return _json(cases)
+
+
+FOLD_CASES: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = (
+    (20, (0, 1, 3, 6, 11, 15), (1, 2, 2, 4, 3)),
+    (20, (0, 5, 10, 15), (1, 6, 1)),
+    (8, tuple(range(8)), (1, 2, 3, 1, 2, 1, 4)),
+    (5, (0,), ()),
+)
+"""Steps, nodes and spans; every method folds each of them."""
+
+
+def folds_text() -> str:
+    """All of `folds.json`."""
+    cases = []
+    for (steps, nodes, spans), method in itertools.product(FOLD_CASES, METHODS.values()):
+        grid = make_grid(steps, shift=3.0)
+        used = spans if method.uses_spans else None
+        cases.append(
+            {
+                "method": method.name,
+                "sigmas": grid.sigmas,
+                "nodes": nodes,
+                "spans": used,
+                "weights": method.fold(grid.array(), nodes, used),
+            }
+        )
+    return _json(cases)
+
+
+def _axis(latent: int, image: int, tile: int, stride: int, blend: int, **more: int) -> TiledAxis:
+    sizes = {"longest_whole": tile, "samples": 2, "first_samples": 2, "dropped": 0, **more}
+    return TiledAxis(
+        latent_axis=latent, image_axis=image, tile=tile, stride=stride, blend=blend, **sizes
+    )
+
+
+_ROWS, _COLUMNS = _axis(1, 1, 4, 3, 2), _axis(2, 2, 3, 2, 2)
+_TIME = _axis(1, 1, 4, 2, 3, first_samples=1, dropped=1)
+_VIDEO_SPACE = (_axis(2, 2, 4, 3, 2), _axis(3, 3, 4, 3, 2))
+TILE_CASES: tuple[tuple[str, Tiling, tuple[int, ...]], ...] = (
+    ("rows and columns", Tiling(space=(_ROWS, _COLUMNS)), (1, 9, 7)),
+    ("too short to divide", Tiling(space=(_ROWS, _COLUMNS)), (1, 4, 3)),
+    ("time alone", Tiling(time=_TIME), (1, 7, 2, 1)),
+    ("time, then space", Tiling(time=_TIME, space=_VIDEO_SPACE), (1, 6, 5, 5)),
+)
+"""Name, tiles, and the shape of a latent without channels."""
+
+
+def tiles_text() -> str:
+    """All of `tiles.json`: what the tiles of `repeated` blend to."""
+    cases = []
+    for seed, (name, tiling, shape) in enumerate(TILE_CASES):
+        latent = philox_normal(seed, shape)
+        chosen = levels(tiling, is_space_tiled=bool(tiling.space))
+        image = decode_tiled(latent, chosen, repeated(chosen))
+        cases.append(
+            {
+                "name": name,
+                **msgspec.to_builtins(tiling),
+                "latent_shape": shape,
+                "latent": _digits(latent),
+                "image_shape": image.shape,
+                "image": _digits(image),
+            }
+        )
+    return _json(cases)
+
+
+def repeated(chosen: Sequence[Level]) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """A decoder whose samples have the value of their position, plus half of the tile's first."""
+
+    def decode(tile: NDArray[np.float32]) -> NDArray[np.float32]:
+        image = tile
+        sizes = image_shape(tile.shape, tile.shape, chosen)
+        for axis in itertools.chain(*chosen):
+            samples = np.arange(sizes[axis.image_axis])
+            positions = np.maximum(0, 1 + (samples - axis.first_samples) // axis.samples)
+            image = np.take(image, positions, axis=axis.image_axis)
+        return image + tile.ravel()[0] * np.float32(0.5)
+
+    return decode
+
+
+def _digits(values: NDArray[np.float32]) -> list[float]:
+    """The values with nine digits, which give a float32 back exactly."""
+    return [float(f"{value:.9g}") for value in values.ravel().tolist()]
+
+
+def _json(cases: object) -> str:
+    return json.dumps(cases, indent=None).replace("}, {", "},\n{") + "\n"
+
+
+TEXTS: dict[str, Callable[[], str]] = {
+    "noise.txt": noise_text,
+    "grids.json": grids_text,
+    "folds.json": folds_text,
+    "tiles.json": tiles_text,
+}
+
+
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    (GOLDEN / "noise.txt").write_text(noise_text(), encoding="utf-8")
+    for name, text in TEXTS.items():
+        (GOLDEN / name).write_text(text(), encoding="utf-8")

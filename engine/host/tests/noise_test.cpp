@@ -14,16 +14,9 @@
 #include <string>
 #include <vector>
 
+#include "check.hpp"
+
 namespace {
-
-int failures = 0;
-
-void expect(bool is_true, const std::string& behaviour) {
-  if (!is_true) {
-    std::cerr << "FAILED: " << behaviour << '\n';
-    ++failures;
-  }
-}
 
 // Rows "philox4x32 10" of tests/kat_vectors in Random123, by the authors of Philox.
 void philox_gives_the_published_words() {

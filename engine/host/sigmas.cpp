@@ -1,0 +1,287 @@
+#include "sigmas.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "error.hpp"
+
+namespace mct {
+
+namespace {
+
+constexpr double largest_mu = 80.0;  // exp(mu) stays a float32 below this
+
+[[noreturn]] void fail(const std::string& text) { throw Error(MCT_SCHEDULE_ERROR, text); }
+
+// How a grid is made, as meancache/sigmas.py make_grid takes it.
+struct Recipe {
+  std::int64_t steps;
+  std::string convention;
+  double shift = 1.0;
+  std::optional<double> mu;
+  std::string time_shift_type = "exponential";
+  double shift_terminal = 0;  // 0: none
+  std::int64_t num_train_timesteps = 1000;
+};
+
+// NumPy's linspace: i·step + start, with the end set exactly.
+std::vector<double> linspace(double start, double stop, std::int64_t count) {
+  std::vector<double> values(static_cast<std::size_t>(count), start);
+  if (count == 1) {
+    return values;
+  }
+  const double step = (stop - start) / static_cast<double>(count - 1);
+  for (std::size_t k = 0; k < values.size(); ++k) {
+    values[k] = static_cast<double>(k) * step + start;
+  }
+  values.back() = stop;
+  return values;
+}
+
+std::vector<double> pipeline_sigmas(const std::string& convention, std::int64_t steps) {
+  if (convention == "linspace_to_zero") {
+    std::vector<double> values = linspace(1.0, 0.0, steps + 1);
+    values.pop_back();
+    return values;
+  }
+  return linspace(1.0, 1 / static_cast<double>(steps), steps);
+}
+
+float training_end(double shift, float step, std::int64_t count) {
+  const float end = step / static_cast<float>(count);
+  return static_cast<float>(shift) * end / (1 + static_cast<float>(shift - 1) * end);
+}
+
+// Evenly spaced over the training grid, which diffusers shifts at construction too.
+std::vector<double> counted(const Recipe& recipe) {
+  const double shift = recipe.mu ? 1.0 : recipe.shift;
+  const auto count = recipe.num_train_timesteps;
+  const double scale = static_cast<double>(count);
+  const double low = training_end(shift, 1.0f, count);
+  const double high = training_end(shift, static_cast<float>(count), count);
+  std::vector<double> values = linspace(high * scale, low * scale, recipe.steps);
+  for (double& value : values) {
+    value /= scale;
+  }
+  return values;
+}
+
+// Shift and stretch in `Float`: pipelines that hand over sigmas are shifted in float32, those that
+// hand over a count in float64.
+template <class Float>
+std::vector<float> shifted(const std::vector<double>& raw, const Recipe& recipe) {
+  std::vector<Float> values(raw.size());
+  std::transform(raw.begin(), raw.end(), values.begin(),
+                 [](double value) { return static_cast<Float>(value); });
+  const bool is_linear = recipe.time_shift_type == "linear";
+  const auto shift = static_cast<Float>(recipe.shift);
+  const auto more = static_cast<Float>(recipe.shift - 1);
+  const auto scale =
+      static_cast<Float>(recipe.mu ? (is_linear ? *recipe.mu : std::exp(*recipe.mu)) : 1.0);
+  for (Float& value : values) {
+    value = recipe.mu ? scale / (scale + (1 / value - 1)) : value * shift / (1 + more * value);
+  }
+  if (recipe.shift_terminal != 0) {
+    const Float remaining = 1 - values.back();
+    if (remaining <= 0) {
+      fail("shift_terminal moves the last step to sigma " + text_of(recipe.shift_terminal) +
+           ", found a grid whose last step is at sigma 1; use two steps or more");
+    }
+    const Float stretch = remaining / static_cast<Float>(1 - recipe.shift_terminal);
+    for (Float& value : values) {
+      value = 1 - (1 - value) / stretch;
+    }
+  }
+  return std::vector<float>(values.begin(), values.end());
+}
+
+void check_recipe(const Recipe& recipe) {
+  if (recipe.steps < 1) {
+    fail("a grid has at least one step, found " + text_of(recipe.steps) +
+         "; give --steps 1 or more");
+  }
+  const double positive = !recipe.mu                           ? recipe.shift
+                          : recipe.time_shift_type == "linear" ? *recipe.mu
+                                                               : 1.0;
+  if (!(positive > 0) || std::isinf(positive)) {
+    fail("a shift is positive and finite, found " + text_of(positive) + "; 1 leaves the grid");
+  }
+  if (recipe.mu && !(std::fabs(*recipe.mu) <= largest_mu)) {
+    fail("mu is at most 80.0 either way, found " + text_of(*recipe.mu) + "; FLUX uses 0.5 to 1.15");
+  }
+  const double terminal = recipe.shift_terminal;
+  if (terminal != 0 && !(terminal > 0 && terminal < 1)) {
+    fail("shift_terminal is a sigma between 0 and 1, found " + text_of(terminal) +
+         "; Qwen-Image has .02");
+  }
+}
+
+SigmaGrid make_grid(const Recipe& recipe) {
+  check_recipe(recipe);
+  const std::vector<float> values =
+      recipe.convention == "count"
+          ? shifted<double>(counted(recipe), recipe)
+          : shifted<float>(pipeline_sigmas(recipe.convention, recipe.steps), recipe);
+  SigmaGrid grid;
+  grid.steps = recipe.steps;
+  grid.sigmas.assign(values.begin(), values.end());
+  grid.sigmas.push_back(0.0);
+  for (const float value : values) {
+    grid.timesteps.push_back(value * static_cast<float>(recipe.num_train_timesteps));
+  }
+  grid.convention = recipe.convention;
+  grid.num_train_timesteps = recipe.num_train_timesteps;
+  grid.shift = recipe.mu ? std::nullopt : std::optional<double>(recipe.shift);
+  grid.mu = recipe.mu;
+  check_sigmas(grid.sigmas, grid.steps);
+  return grid;
+}
+
+bool is_set(const JsonValue& config, const char* option) {
+  const JsonValue* value = config.find(option);
+  return value != nullptr && (value->boolean || value->number != 0 || !value->text.empty());
+}
+
+double number_of(const JsonValue& config, const char* option, double otherwise) {
+  const JsonValue* value = config.find(option);
+  return value == nullptr || value->kind == JsonValue::Kind::null ? otherwise
+                                                                  : Json(*value).number();
+}
+
+// A line through two published points.
+double dynamic_mu(const JsonValue& config, std::int64_t image_tokens) {
+  const double low = number_of(config, "base_image_seq_len", 256);
+  const double high = number_of(config, "max_image_seq_len", 4096);
+  const double base = number_of(config, "base_shift", 0.5);
+  const double top = number_of(config, "max_shift", 1.15);
+  const double slope = (top - base) / (high - low);
+  return static_cast<double>(image_tokens) * slope + (base - slope * low);
+}
+
+std::optional<std::int64_t> given(std::int64_t value) {
+  return value == 0 ? std::nullopt : std::optional<std::int64_t>(value);
+}
+
+}  // namespace
+
+SigmaGrid grid_from_config(const JsonValue& config, const GridRequest& request) {
+  for (const char* option : {"invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
+                             "use_beta_sigmas", "stochastic_sampling"}) {
+    if (is_set(config, option)) {
+      fail(std::string("the checkpoint's scheduler sets ") + option +
+           "; grids are reproduced for plain and shifted flow matching only. Load the pipeline "
+           "with that option off");
+    }
+  }
+  Recipe recipe;
+  recipe.steps = request.steps;
+  recipe.convention = request.convention;
+  recipe.shift = number_of(config, "shift", 1.0);
+  if (is_set(config, "use_dynamic_shifting")) {
+    recipe.mu = dynamic_mu(config, request.image_tokens);
+  }
+  const JsonValue* form = config.find("time_shift_type");
+  recipe.time_shift_type = form == nullptr ? "exponential" : Json(*form).text();
+  recipe.shift_terminal = number_of(config, "shift_terminal", 0);
+  recipe.num_train_timesteps =
+      static_cast<std::int64_t>(number_of(config, "num_train_timesteps", 1000));
+  SigmaGrid grid = make_grid(recipe);
+  grid.height = given(request.height);
+  grid.width = given(request.width);
+  grid.frames = request.frames;
+  return grid;
+}
+
+std::optional<std::string> SigmaGrid::difference(const SigmaGrid& other) const {
+  if (steps != other.steps) {
+    return text_of(steps) + " steps against " + text_of(other.steps);
+  }
+  if (frames && other.frames && *frames != *other.frames) {
+    return text_of(*frames) + " frames against " + text_of(*other.frames);
+  }
+  std::size_t step = 0;
+  double gap = -1;
+  for (std::size_t k = 0; k < sigmas.size(); ++k) {
+    const double found = std::fabs(sigmas[k] - other.sigmas[k]);
+    if (found > gap) {
+      gap = found;
+      step = k;
+    }
+  }
+  if (gap > sigma_tolerance) {
+    return "sigma " + fixed6(sigmas[step]) + " against " + fixed6(other.sigmas[step]) +
+           " at step " + std::to_string(step) + " (" + describe() + " against " + other.describe() +
+           ")";
+  }
+  if (num_train_timesteps != other.num_train_timesteps) {
+    return "timesteps of sigma x " + text_of(num_train_timesteps) + " against " +
+           text_of(other.num_train_timesteps);
+  }
+  return std::nullopt;
+}
+
+std::string SigmaGrid::describe() const {
+  const double factor = shift.value_or(0) == 0 ? 1 : *shift;
+  const std::string moved = mu ? "mu " + general(*mu, 4) : "shift " + general(factor, 4);
+  const bool has_size = width.value_or(0) != 0 && height.value_or(0) != 0;
+  return text_of(steps) + " steps, " + moved +
+         (has_size ? ", " + text_of(*width) + "x" + text_of(*height) : "");
+}
+
+void check_sigmas(const std::vector<double>& sigmas, std::int64_t steps) {
+  if (steps < 1 || sigmas.size() != static_cast<std::size_t>(steps) + 1) {
+    fail("a grid of " + text_of(steps) + " steps has " + text_of(steps + 1) +
+         " sigmas (the last is where integration ends), found " + std::to_string(sigmas.size()) +
+         "; use at least one step and give one sigma a step plus the last");
+  }
+  const auto [least, most] = std::minmax_element(sigmas.begin(), sigmas.end());
+  // A float32 shift of sigma 1 may round to 1 + 1e-7, in diffusers too.
+  if (!(*least >= 0) || !(*most <= 1 + sigma_tolerance)) {
+    fail("sigmas are finite and between 0 (image) and 1 (noise), found " + text_of(*least) +
+         " to " + text_of(*most) + "; give noise levels, not timesteps");
+  }
+  for (std::size_t k = 0; k + 1 < sigmas.size(); ++k) {
+    const bool is_end = k + 2 == sigmas.size() && sigmas[k] == sigmas[k + 1];
+    if (static_cast<float>(sigmas[k + 1]) >= static_cast<float>(sigmas[k]) && !is_end) {
+      fail("sigmas must descend, found " + text_of(sigmas[k]) + " at step " + std::to_string(k) +
+           " before " + text_of(sigmas[k + 1]) + "; only the last may repeat");
+    }
+  }
+}
+
+SigmaGrid read_grid(const Json& json) {
+  JsonObject object(json);
+  SigmaGrid grid;
+  grid.steps = object.required("steps").integer();
+  grid.sigmas = list_of(object.required("sigmas"), to_number);
+  grid.timesteps = list_of(object.required("timesteps"), to_number);
+  const std::vector<std::string> conventions = {"linspace", "linspace_to_zero", "count", "custom"};
+  if (const auto convention = object.optional("convention")) {
+    grid.convention = conventions[convention->choice(conventions)];
+  } else {
+    grid.convention = "linspace";
+  }
+  if (const auto count = object.optional("num_train_timesteps")) {
+    grid.num_train_timesteps = count->integer();
+  }
+  grid.shift = maybe(object.nullable("shift"), to_number);
+  grid.mu = maybe(object.nullable("mu"), to_number);
+  if (const auto form = object.nullable("time_shift_type")) {
+    const std::vector<std::string> forms = {"exponential", "linear"};
+    grid.time_shift_type = forms[form->choice(forms)];
+  }
+  grid.shift_terminal = maybe(object.nullable("shift_terminal"), to_number);
+  grid.height = maybe(object.nullable("height"), to_integer);
+  grid.width = maybe(object.nullable("width"), to_integer);
+  grid.frames = maybe(object.nullable("frames"), to_integer);
+  object.close();
+  check_sigmas(grid.sigmas, grid.steps);
+  if (grid.timesteps.size() != static_cast<std::size_t>(grid.steps)) {
+    fail("a grid of " + text_of(grid.steps) + " steps has " + text_of(grid.steps) +
+         " timesteps, found " + std::to_string(grid.timesteps.size()) +
+         "; write the file again with `meancache-trt bake`");
+  }
+  return grid;
+}
+
+}  // namespace mct
