@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from meancache_trt.engine.binding import check_binding
 from meancache_trt.engine.mapped_weights import has_linked_weights, mapped_weights
 from meancache_trt.errors import BundleError, RenderError, RuntimeUnavailableError
 from meancache_trt.meancache.runtime import Call, Tensor, TensorSpec
@@ -25,6 +26,7 @@ _DTYPES = {
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
     "tensor(bool)": "bool",
+    "tensor(bfloat16)": "bfloat16",
 }
 
 
@@ -68,7 +70,9 @@ class _Bound:
         self._session.run_with_iobinding(self._binding)
 
 
-class _Sequence:
+class CallSequence:
+    """Calls that are run one by one."""
+
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = tuple(calls)
 
@@ -93,16 +97,9 @@ class OnnxRuntimeGraph:
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Call:
         """Fix the memory of all inputs and outputs. Raises `RenderError` for a wrong fit."""
-        expected = {**self.inputs, **self.outputs}
-        if tensors.keys() != expected.keys():
-            missing = sorted(expected.keys() - tensors.keys()) or "nothing"
-            unknown = sorted(tensors.keys() - expected.keys()) or "nothing"
-            raise RenderError(
-                f"a graph binds each of its tensors once: missing {missing}, unknown {unknown}"
-            )
+        check_binding({**self.inputs, **self.outputs}, tensors)
         binding = self._session.io_binding()
         for name, tensor in tensors.items():
-            _check(expected[name], tensor)
             bind = binding.bind_input if name in self.inputs else binding.bind_output
             bind(name, "cpu", 0, np.dtype(tensor.dtype), tensor.shape, _address(tensor))
         return _Bound(self._session, binding, dict(tensors))
@@ -145,21 +142,10 @@ class OnnxRuntime:
         # Each session has threads of its own, which spin for a while after a run and so take the
         # cores from the next graph: without this a loop that follows a decode starts slowly.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        names, values = (
-            mapped_weights(path, self._library) if has_linked_weights(path) else ([], [])
+        providers = ["CPUExecutionProvider"]
+        session, values = open_session(
+            self._library, path, options, providers, **self._frugality(options)
         )
-        try:
-            if names:
-                options.add_external_initializers(names, values)
-            session = self._library.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"], **self._frugality(options)
-            )
-        except Exception as error:
-            # The library raises types of its own that share no public base.
-            raise BundleError(
-                f"ONNX Runtime {self.version} cannot load {path}: {error}; build the "
-                "bundle again, or install the version that it was checked with"
-            ) from error
         return OnnxRuntimeGraph(session, weights=values)
 
     def _frugality(self, options: Any) -> dict[str, list[str]]:
@@ -195,7 +181,7 @@ class OnnxRuntime:
         return HostTensor(array)
 
     def sequence(self, calls: Sequence[Call]) -> Call:
-        return _Sequence(calls)
+        return CallSequence(calls)
 
     def synchronize(self) -> None:
         """Do nothing: calls return when they are done."""
@@ -212,6 +198,38 @@ class OnnxRuntime:
         return None
 
 
+def open_session(
+    library: Any,
+    path: Path,
+    options: Any,
+    providers: Sequence[Any],
+    *,
+    disabled_optimizers: Sequence[str] = (),
+) -> tuple[Any, list[Any]]:
+    """An inference session, and the mapped memory that it reads.
+
+    Raises `BundleError` with the library's words where it refuses the graph.
+    """
+    names, values = mapped_weights(path, library) if has_linked_weights(path) else ([], [])
+    try:
+        if names:
+            options.add_external_initializers(names, values)
+        session = library.InferenceSession(
+            str(path),
+            options,
+            providers=list(providers),
+            disabled_optimizers=list(disabled_optimizers),
+            enable_fallback=0,  # it would go on with other providers than were asked for
+        )
+    except Exception as error:
+        # The library raises types of its own that share no public base.
+        raise BundleError(
+            f"ONNX Runtime {library.__version__} cannot load {path}: {error}; build the "
+            "bundle again, or install the version that it was checked with"
+        ) from error
+    return session, values
+
+
 def _spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, _DTYPES.get(value.type, value.type), tuple(value.shape))
 
@@ -222,15 +240,3 @@ def _address(tensor: Tensor) -> int:
             f"ONNX Runtime on the CPU binds its own tensors, found {type(tensor).__name__}"
         )
     return int(tensor.array.ctypes.data)
-
-
-def _check(spec: TensorSpec, tensor: Tensor) -> None:
-    fits = len(spec.shape) == len(tensor.shape) and all(
-        isinstance(expected, str) or expected is None or expected == found
-        for expected, found in zip(spec.shape, tensor.shape, strict=True)
-    )
-    if not fits or spec.dtype != tensor.dtype:
-        raise RenderError(
-            f"tensor {spec.name!r} is {spec.dtype} of shape {spec.shape}, found {tensor.dtype} of "
-            f"shape {tensor.shape}; the bundle was built for other sizes"
-        )

@@ -57,12 +57,12 @@ def probe(*, timeout_s: float = 10.0) -> Driver:
         return Driver(problem=f"asking the NVIDIA driver failed: {error}")
 
 
-def find_gpu(index: int = 0) -> Gpu:
-    """The GPU of that index.
+def find_gpu(index: int = 0, driver: Driver | None = None) -> Gpu:
+    """The GPU of that index, of what a probe found before or else of a new one.
 
     Raises `RuntimeUnavailableError` where there is none, saying what runs without one.
     """
-    driver = probe()
+    driver = probe() if driver is None else driver
     if index < len(driver.gpus):
         return driver.gpus[index]
     problem = driver.problem or f"there are {len(driver.gpus)} GPUs, found no index {index}"

@@ -164,8 +164,9 @@ class Family:
     `blocks` says of each kind of the transformer's repeated blocks which setting of its config.json
     counts them and what their tensors' names begin with.
     `guidance_argument` and `text_tokens_argument` are what the diffusers pipeline calls them.
-    `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`. `grid`
-    and `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
+    `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`; one is
+    `text_tokens`, on which no other depends, so that hosts can shorten text by it alone. `grid` and
+    `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
     pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
     it was reported that the network's activations exceed float16.

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from meancache_trt.engine.memory import available_bytes
 from meancache_trt.engine.onnxruntime import OnnxRuntime
 from meancache_trt.errors import ExportError
 from meancache_trt.export.graphs import sampled_tensors, write_sample
 from meancache_trt.export.job import Job
-from meancache_trt.export.memory import available_bytes
 from meancache_trt.export.networks import (
     Network,
     TextEncoder,

@@ -35,7 +35,7 @@ from meancache_trt.manifest import (
     WeightFile,
 )
 from meancache_trt.meancache.hashing import verified_sha256
-from meancache_trt.shapes import ONE, PictureSize, Range
+from meancache_trt.shapes import ONE, PictureSize, Range, text_buckets
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model")  # configurations and vocabularies
 
@@ -217,7 +217,8 @@ def _exported(
     parity: tuple[ParityRecord, ...],
     batch: Range,
 ) -> Exported:
-    family, configs = job.family, job.configs
+    family, configs, tokens = job.family, job.configs, job.size.text_tokens
+    roles = {record.role for record in components["transformer"].inputs.values()}
     return Exported(
         family=family.name,
         model=identify(job.source),
@@ -230,12 +231,13 @@ def _exported(
         grid=family.grid,
         timestep_scale=family.timestep_scale,
         num_train_timesteps=int(configs["scheduler"].get("num_train_timesteps", 1000)),
-        text_tokens=job.size.text_tokens,
+        text_tokens=tokens,
         scheduler=dict(configs["scheduler"]),
         parity=parity,
         frames_per_second=family.frames(configs).per_second if family.frames else None,
         tiling=family.tiling(configs) if family.tiling else None,
         batch=batch,
+        text_buckets=text_buckets(tokens) if "text_mask" in roles else (),
     )
 
 

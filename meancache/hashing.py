@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import platformdirs
@@ -31,22 +32,38 @@ def verified_sha256(path: Path) -> str:
     user's cache directory. Raises `OSError` where the file cannot be read.
     """
     status = path.stat()
-    state = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    record = _record_path(status.st_dev, status.st_ino)
-    known = _read_record(record)
-    if known is not None and known.get("state") == state:
+    known = _read_record(_record_path(status))
+    if known is not None and known.get("state") == _state(status):
         return str(known["sha256"])
     found = sha256_of(path)
-    with contextlib.suppress(OSError, InputError):  # a cache that cannot be written is no error
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, {"path": str(path.resolve()), "state": state, "sha256": found})
+    _remember(path, status, found)
     return found
 
 
-def _record_path(device: int, inode: int) -> Path:
+def remember_sha256(path: Path, digest: str) -> None:
+    """Record the SHA-256 of a file that was hashed while it was written, for `verified_sha256`.
+
+    Raises `OSError` where the file is missing.
+    """
+    _remember(path, path.stat(), digest)
+
+
+def _remember(path: Path, status: os.stat_result, digest: str) -> None:
+    record = _record_path(status)
+    with contextlib.suppress(OSError, InputError):  # a cache that cannot be written is no error
+        record.parent.mkdir(parents=True, exist_ok=True)
+        content = {"path": str(path.resolve()), "state": _state(status), "sha256": digest}
+        write_json(record, content)
+
+
+def _state(status: os.stat_result) -> list[int]:
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _record_path(status: os.stat_result) -> Path:
     # By inode, so that a hard link shares the record of the checkpoint's own file.
     folder = Path(platformdirs.user_cache_dir("meancache-trt")) / "verified"
-    return folder / f"{device}-{inode}.json"
+    return folder / f"{status.st_dev}-{status.st_ino}.json"
 
 
 def _read_record(record: Path) -> dict[str, object] | None:

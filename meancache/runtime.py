@@ -1,7 +1,7 @@
 """What the loop asks of a backend: load a graph, hold tensors, enqueue calls.
 
-A backend is a `Runtime`. ONNX Runtime implements it in `meancache_trt.engine.onnxruntime`;
-everything above this protocol is the same on every device.
+A backend is a `Runtime`: `meancache_trt.engine.onnxruntime` on the CPU, `engine.onnxruntime_cuda`
+and `engine.tensorrt.runtime` on a GPU. Everything above this protocol is the same on every device.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
     .venv/bin/python scripts/benchmark.py > docs/benchmark.json
 
-Three questions, each answered as ratios within one run: how much of the loop is not the network,
-how fast an evaluation is against torch, and where the time of a calibration goes.
+Four questions, each answered as ratios within one run: how much of the loop is not the network,
+how fast an evaluation is against torch, what a shorter text length saves, and where the time of a
+calibration goes.
+
+    .venv/bin/python scripts/benchmark.py --only text_lengths   # one answer, on stdout
 """
 
 from __future__ import annotations
@@ -27,13 +30,15 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from meancache_trt import build as stages
 from meancache_trt import standins
 from meancache_trt.calibration.baking import BakeOptions, bake_schedules
-from meancache_trt.export.family import resolved
+from meancache_trt.conditioning import paired
+from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.probe import Probe
 from meancache_trt.meancache.runtime import Graph
 from meancache_trt.meancache.schedule import bake
 from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
 from meancache_trt.session import Session
+from meancache_trt.text_length import cut_to_bucket
 
 NODES = (0, 1, 3, 7, 14, 21, 28, 35, 42, 49)
 SPANS = (1, 2, 1, 1, 1, 1, 1, 1, 4)
@@ -45,21 +50,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed repetitions of each")
     parser.add_argument("--threads", type=int, default=0, help="cores of a graph; 0 means all")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--only", choices=["text_lengths"], help="measure nothing else")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.only:
+        with tempfile.TemporaryDirectory() as work:
+            print(json.dumps(_text_lengths(Path(work), options), indent=1))
+        return
     with tempfile.TemporaryDirectory() as work:
         models = {
             "stand-in": (standins.path("flux"), 64),
             "mid-size": (_write_mid_size(Path(work) / "mid-size"), 128),
         }
         results = [_measure(name, *model, Path(work), options) for name, model in models.items()]
+        text_lengths = _text_lengths(Path(work), options)
         calibration = _calibration(Path(work))
-    print(
-        json.dumps({"machine": _machine(), "models": results, "calibration": calibration}, indent=1)
-    )
+    record = {
+        "machine": _machine(),
+        "models": results,
+        "text_lengths": text_lengths,
+        "calibration": calibration,
+    }
+    print(json.dumps(record, indent=1))
     for result in results:
         print(_sentence(result), file=sys.stderr)
+    print(f"text lengths: {text_lengths}", file=sys.stderr)
     print(f"calibration: {calibration}", file=sys.stderr)
 
 
@@ -160,7 +176,7 @@ def _engine_call(pipeline: Pipeline) -> Callable[[], None]:
     component = export.components["transformer"]
     sizes = {**export.resolution.symbols, "batch": 1}
     tensors = {
-        name: pipeline.runtime.zeros(resolved(record, sizes), record.dtype)
+        name: pipeline.runtime.zeros(record.resolved(sizes), record.dtype)
         for name, record in {**component.inputs, **component.outputs}.items()
     }
     return pipeline.graphs.graph(component).bind(tensors).enqueue
@@ -171,7 +187,7 @@ def _torch_feeds(pipeline: Pipeline) -> dict[str, Any]:
     component = export.components["transformer"]
     sizes = {**export.resolution.symbols, "batch": 1}
     feeds = {
-        name: torch.zeros(resolved(record, sizes))
+        name: torch.zeros(record.resolved(sizes))
         for name, record in component.inputs.items()
         if record.role != "prepared"
     }
@@ -180,6 +196,48 @@ def _torch_feeds(pipeline: Pipeline) -> dict[str, Any]:
         **feeds,
         **{name: torch.zeros(count, 3) for name, count in ids.items()},
         "return_dict": False,
+    }
+
+
+def _text_lengths(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both stand-ins with a text mask, at the length that a prompt needs and at the full one."""
+    return [_text_length(name, work, options) for name in ("qwen_image", "hunyuan_video")]
+
+
+def _text_length(name: str, work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Median loop time of either length, run in turns, and how far the latents lie apart."""
+    checkpoint = stages.find_model(f"standin/{name}")
+    exporting = stages.ExportOptions(size=stages.picture_size(checkpoint, None, None))
+    bundle = stages.export(
+        checkpoint, work / f"{name}.mcb", exporting, note=lambda _: None, is_forced=False
+    )
+    export, size = bundle.export, bundle.export.resolution
+    with Pipeline(bundle, threads=options.threads, embedding_cache="off") as pipeline:
+        conditioning = pipeline.encode(standins.prompts("evaluation", name)[:1])
+        if export.guidance.is_classifier_free:
+            (conditioning,) = paired(conditioning, pipeline.encode([""]))
+        given = [cut_to_bucket(export, conditioning), (export.text_tokens, conditioning.tensors)]
+        schedule, scale = bake("euler", pipeline.grid(50), NODES), pipeline.guidance()
+        noise = philox_normal(0, size.noise_shape)[None]
+        rounds = [
+            [
+                pipeline.session(schedule, size, length).run(noise, tensors, scale)
+                for length, tensors in given
+            ]
+            for _ in range(options.rounds + 2)
+        ]
+    short, full = (
+        statistics.median(run.loop_ms for run in runs[2:]) for runs in zip(*rounds, strict=True)
+    )
+    latents = [run.latents for run in rounds[0]]
+    return {
+        "model": name,
+        "image_tokens": size.symbols["image_tokens"],
+        "text_tokens": [length for length, _ in given],
+        "loop_ms": [short, full],
+        "ratio": short / full,
+        "largest_difference": float(np.abs(latents[0] - latents[1]).max()),
+        "largest_value": float(np.abs(latents[1]).max()),
     }
 
 

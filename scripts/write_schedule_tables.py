@@ -22,6 +22,7 @@ def main() -> None:
         "tables": "\n".join(_table(name, proof) for name, proof in proofs.items()),
         "goals": _goals(proofs),
         "transfer": _transfer(_proof("transfer")),
+        "precision": _precision(_proof("precision-transfer")),
         "cost": _cost(_proof("calibration-cost")),
     }
     _write(DOCS / "schedules.md", parts)
@@ -144,6 +145,33 @@ _QUESTIONS = {
     "steps": "against 28 steps instead of 50",
     "fine_reference": "against 200 steps instead of 50",
 }
+
+
+def _precision(record: dict[str, Any]) -> str:
+    lines = [
+        _line("stand-in", "noise floor", "B", *_PRECISIONS.values(), "difference ± s.e."),
+        _line("---", "---:", "---:", *["---:"] * (1 + len(_PRECISIONS))),
+    ]
+    for name, proof in record["standins"].items():
+        floor = _mean_and_p5(proof["noise_floor_db"])
+        for row in proof["rows"]:
+            cells = [_mean_and_p5(row[column]) for column in _PRECISIONS]
+            gap = row["gain of fitting in float32, run in bfloat16"]
+            shown = f"{gap['mean']:+.1f} ± {gap['standard_error']:.1f}"
+            lines.append(_line(STANDINS[name], floor, str(row["budget"]), *cells, shown))
+    return "\n".join(lines)
+
+
+_PRECISIONS = {
+    "fitted in float32, run in float32": "float32, on float32",
+    "fitted in float32, run in bfloat16": "float32, on bfloat16",
+    "fitted in bfloat16, run in bfloat16": "bfloat16, on bfloat16",
+    "fitted in float32 and bfloat16, run in bfloat16": "recorded in float32, fitted on bfloat16",
+}
+
+
+def _mean_and_p5(cell: dict[str, float]) -> str:
+    return f"{cell['mean']:.1f} / {cell['p5']:.1f}"
 
 
 def _cost(record: dict[str, Any]) -> str:

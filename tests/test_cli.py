@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from meancache_trt.bundle import Bundle
 from meancache_trt.cli import main
+from meancache_trt.meancache.schedule import Evidence, save_schedule
 
 NODES, SPANS = "0,1,3,7,14,21,28,35,42,49", "1,2,1,1,1,1,1,1,4"
 OFFICIAL_10 = (
@@ -284,11 +287,13 @@ def test_an_output_path_that_is_a_file_is_refused(run, shared_bundle, tmp_path):
 def test_plan_records_what_it_measured(run, bundle):
     status, out, _ = run("plan", bundle, "--threads", 1, "--json")
     assert status == 0
-    record = json.loads(out)
+    (planned,) = json.loads(out)["bundles"]
+    record = planned["measured"]
     assert record["runtime"] == "onnxruntime-cpu"
     assert record["evaluation_ms"] > 0
     listed = json.loads(run("inspect", bundle, "--json")[1])
-    assert listed["plans"] == ["onnxruntime-cpu"]
+    assert listed["measured"] == [record]
+    assert planned["plans"] == listed["plans"] == []
 
 
 def test_inspect_tells_what_a_bundle_holds(run, shared_bundle):
@@ -304,12 +309,28 @@ def test_inspect_tells_what_a_bundle_holds(run, shared_bundle):
     assert "transformer" in out
 
 
+def test_inspect_tells_the_precision_of_what_was_calibrated(run, bundle, tmp_path):
+    opened = Bundle.open(bundle)
+    plain = opened.schedule("b6")
+    measured = msgspec.structs.replace(
+        plain, name="mine", precision="bfloat16", calibration=Evidence(samples=1, seconds=0.0)
+    )
+    opened.add_schedule(measured)
+    facts = json.loads(run("inspect", bundle, "--json")[1])
+    found = {schedule["name"]: schedule["precision"] for schedule in facts["schedules"]}
+    assert (found["mine"], found["b6"]) == ("bfloat16", None)
+    (row,) = (line for line in run("inspect", bundle)[1].splitlines() if line.startswith("mine"))
+    assert "bfloat16" in row
+    save_schedule(measured, tmp_path / "mine.json")
+    assert "calibrated in bfloat16" in run("inspect", tmp_path / "mine.json")[1]
+
+
 def test_doctor_reports_packages_and_backends(run):
     status, out, _ = run("doctor", "--json")
     facts = json.loads(out)
     assert status == 0
     assert facts["packages"]["onnxruntime"]
-    assert facts["backends"][0]["is_available"]
+    assert any(backend["is_available"] for backend in facts["backends"])
     assert run("doctor")[0] == 0
 
 

@@ -76,7 +76,7 @@ def test_each_distinct_prompt_is_encoded_once(
 
 OTHERS = {
     "text tokens": ({"text_tokens": 99}, CalibrationError, "99 text tokens, this bundle takes"),
-    "precision": ({"precision": "bfloat16"}, ScheduleError, "calibrated in bfloat16"),
+    "precision": ({"precision": "float8"}, ScheduleError, "calibrated in float8"),
     "family": ({"family": "qwen_image"}, ScheduleError, "for the family 'qwen_image'"),
     "model": (
         {"model": ModelReference(name="other", digest="00")},
@@ -95,6 +95,19 @@ def test_recordings_of_something_else_are_refused(
     others = Trajectories(recorded.directory, settings, recorded.samples)
     with pytest.raises(error, match=message), engine_field(pipeline, others):
         pass
+
+
+def test_recordings_of_a_near_precision_are_taken(
+    pipeline: Pipeline, recorded: Trajectories
+) -> None:
+    settings = msgspec.structs.replace(recorded.settings, precision="bfloat16")
+    others = Trajectories(recorded.directory, settings, recorded.samples)
+    prompts = [sample.prompt for sample in recorded.samples][:1]
+    found = []
+    for each in (recorded, others):
+        with engine_field(pipeline, each) as field:
+            found.append(field(prompts, latents_at(recorded, 1)[:1], 1))
+    np.testing.assert_array_equal(*found)
 
 
 def test_a_size_that_the_bundle_lacks_is_refused(

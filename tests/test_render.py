@@ -227,11 +227,14 @@ def test_a_schedule_of_another_model_is_refused(pipeline):
         pipeline.schedule(other, 3.5)
 
 
-def test_a_schedule_of_another_precision_is_refused(pipeline):
-    with pytest.raises(
-        ScheduleError, match="calibrated in bfloat16, this bundle's network is float32"
-    ):
-        pipeline.schedule(calibrated(pipeline, precision="bfloat16"), 3.5)
+def test_a_schedule_of_a_far_precision_is_refused(pipeline):
+    with pytest.raises(ScheduleError, match="calibrated in float8, this network is float32"):
+        pipeline.schedule(calibrated(pipeline, precision="float8"), 3.5)
+
+
+def test_a_schedule_of_a_near_precision_is_taken_and_keeps_saying_so(pipeline):
+    found = pipeline.schedule(calibrated(pipeline, precision="bfloat16"), 3.5)
+    assert found.precision == "bfloat16"
 
 
 def test_another_size_is_refused_with_the_one_there_is(pipeline):

@@ -15,7 +15,7 @@ from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.files import write_json
 from meancache_trt.meancache.schedule import Schedule, bake, save_schedule
-from meancache_trt.plan import plan
+from meancache_trt.measured import measure
 from meancache_trt.render import Pipeline
 from tests.test_resolutions import resolutions
 
@@ -145,12 +145,12 @@ def test_several_of_one_budget_and_resolution_are_never_a_guess(pipeline: Pipeli
     assert pipeline.schedule(3, resolution=wide).name == "b3-128x64"
 
 
-def test_a_plan_needs_no_schedule_of_the_default_resolution(pipeline: Pipeline) -> None:
+def test_a_measurement_needs_no_schedule_of_the_default_resolution(pipeline: Pipeline) -> None:
     _, wide, _ = pipeline.bundle.export.resolutions
     add(pipeline, calibrated(pipeline, wide, 3))
-    record = plan(pipeline.bundle, backend="auto", threads=1)
+    record = measure(pipeline.bundle, backend="auto", threads=1)
     assert record.evaluation_ms > 0
-    assert Bundle.open(pipeline.bundle.directory).names("plans") == [record.runtime]
+    assert Bundle.open(pipeline.bundle.directory).names("measured") == [record.runtime]
 
 
 def test_a_render_uses_the_schedule_of_its_resolution(pipeline: Pipeline) -> None:

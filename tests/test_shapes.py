@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meancache_trt.errors import InputError
-from meancache_trt.shapes import ONE, PictureSize, Range, Ranges
+from meancache_trt.shapes import ONE, PictureSize, Range, Ranges, text_buckets
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,34 @@ def test_a_range_is_checked_where_a_file_is_read() -> None:
     assert msgspec.json.decode(b'{"min":1,"opt":2,"max":3}', type=Range) == Range(1, 2, 3)
     with pytest.raises(msgspec.ValidationError, match="unknown field"):
         msgspec.json.decode(b'{"min":1,"opt":2,"max":3,"step":1}', type=Range)
+
+
+@pytest.mark.parametrize(
+    ("text_tokens", "buckets"),
+    [
+        (1024, (128, 256, 512, 1024)),
+        (512, (64, 128, 256, 512)),  # Qwen-Image
+        (256, (32, 64, 128, 256)),  # HunyuanVideo
+        (300, (40, 80, 152, 300)),
+        (32, (8, 16, 32)),  # the stand-ins
+        (12, (8, 12)),
+        (8, (8,)),
+        (1, (1,)),
+    ],
+)
+def test_prompts_are_padded_to_a_few_lengths(text_tokens: int, buckets: tuple[int, ...]) -> None:
+    assert text_buckets(text_tokens) == buckets
+
+
+@given(st.integers(1, 4096), st.data())
+def test_every_prompt_has_a_length_that_wastes_little(
+    text_tokens: int, data: st.DataObject
+) -> None:
+    buckets = text_buckets(text_tokens)
+    assert len(buckets) <= 4
+    assert buckets[-1] == text_tokens
+    assert list(buckets) == sorted(set(buckets))
+    assert all(length % 8 == 0 for length in buckets[:-1])
+    used = data.draw(st.integers(0, text_tokens))
+    found = min(length for length in buckets if length >= used)
+    assert found < max(2 * used, text_tokens / 8) + 16  # 8 of rounding at either end of a bucket

@@ -27,30 +27,45 @@ class Library:
 class ErrorLog:
     """A logger for TensorRT that keeps errors: its calls return None and say why only there.
 
+    Warnings are kept apart: some options and files are refused by no more than one.
+
     Attributes:
         logger: an `ILogger` of the library, to pass to it.
     """
 
     def __init__(self, library: Library) -> None:
         errors: list[str] = []
-        self._errors = errors
+        warnings: list[str] = []
+        self._errors, self._warnings = errors, warnings
         base: Any = library.module.ILogger
-        most = base.Severity.ERROR
+        error, warning = base.Severity.ERROR, base.Severity.WARNING
 
         class Logger(base):  # type: ignore[misc]  # known at run time only
             def __init__(self) -> None:
                 super().__init__()
 
             def log(self, severity: Any, message: str) -> None:
-                if severity <= most:
+                if severity <= error:
                     errors.append(message)
+                elif severity == warning:
+                    warnings.append(message)
 
         self.logger = Logger()
 
-    def reason(self) -> str:
-        """What was logged since the last call, oldest first."""
-        said = "; ".join(dict.fromkeys(self._errors)) or "it does not say why"
+    def reason(self, *, besides: str | None = None) -> str:
+        """Errors since the last call, oldest first, or that there were none.
+
+        Those that contain `besides` are left out, unless there are no others.
+        """
+        errors = list(dict.fromkeys(self._errors))
         self._errors.clear()
+        telling = [error for error in errors if besides is None or besides not in error]
+        return "; ".join(telling or errors) or "it does not say why"
+
+    def warnings(self) -> list[str]:
+        """Warnings since the last call, each once, oldest first."""
+        said = list(dict.fromkeys(self._warnings))
+        self._warnings.clear()
         return said
 
 

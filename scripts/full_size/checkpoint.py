@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,15 @@ _LEARNED_DEVIATION = 0.02
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def write_checkpoint(folder: Path, model: FullSize, *, has_values: bool = True) -> None:
+def write_checkpoint(
+    folder: Path, model: FullSize, *, has_values: bool = True, is_dense: bool = False
+) -> None:
     """Write the folder as `save_pretrained` would, with tokenizers of the FLUX stand-in.
 
-    Without `has_values` all tensors are holes.
+    Without `has_values` all tensors are holes; with `is_dense` none is, and no two are alike, which
+    a builder would store once.
     """
-    writer = _Writer(has_values)
+    writer = _Writer(has_values, is_dense)
     folder.mkdir(parents=True)
     index: dict[str, Any] = {"_class_name": model.pipeline}
     parts = {"transformer": model.transformer, "vae": model.vae}
@@ -73,6 +77,7 @@ def _encoder_shapes(config: Config) -> Shapes:
 @dataclass(frozen=True)
 class _Writer:
     has_values: bool
+    is_dense: bool
 
     def part(self, folder: Path, config: Config, shapes: Shapes, stem: str) -> None:
         """Configuration and weights of one component."""
@@ -100,9 +105,10 @@ class _Writer:
             file.write(struct.pack("<Q", len(text)) + text)
             start = file.tell()
             for name, shape in shapes.items():
-                if self.has_values and _is_sampled(name):
+                if self.has_values and (self.is_dense or _is_sampled(name)):
                     file.seek(start + header[name]["data_offsets"][0])
-                    _write_values(file, name, shape)
+                    seed = zlib.crc32(name.encode()) if self.is_dense else len(name)
+                    _write_values(file, name, shape, seed)
             file.truncate(start + end)
 
 
@@ -128,8 +134,8 @@ def _is_sampled(name: str) -> bool:
     return all(int(number) == 0 for number in _BLOCK.findall(name))
 
 
-def _write_values(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None:
-    generator = np.random.default_rng(len(name))
+def _write_values(file: BinaryIO, name: str, shape: tuple[int, ...], seed: int) -> None:
+    generator = np.random.default_rng(seed)
     scale = 1.0 if "norm" in name and name.endswith("weight") else 0.0
     remaining = _length(shape) // _BYTES
     while remaining:

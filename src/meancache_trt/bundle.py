@@ -3,7 +3,8 @@
     manifest.json            what is here, and the SHA-256 of every file
     schedules/NAME.*.json    any number of baked schedules
     transformer/ vae_decoder/ update/ prepare.onnx     graphs, beside the weights they point into
-    plans/                   what a backend prepared, and for what
+    plans/                   what TensorRT built, and for what
+    measured/                what a backend took here
     pipeline/                tokenizers and text encoders in diffusers' layout
 
 A bundle is built in a temporary directory and renamed, so that it is there whole or not at all.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -106,6 +107,10 @@ class Bundle:
             else:
                 return cls(directory, manifest)
 
+    def refresh(self) -> None:
+        """Take up what others added since this bundle was opened. Checks the manifest alone."""
+        self.manifest = _read_manifest(self.directory)
+
     @property
     def export(self) -> Exported:
         """What the export says about itself."""
@@ -116,7 +121,7 @@ class Bundle:
         return self.directory / component.path
 
     def names(self, kind: str) -> list[str]:
-        """Names of the additions of a kind, "schedules" or "plans"."""
+        """Names of the additions of a kind: "schedules", "plans" or "measured"."""
         paths = [PurePosixPath(name) for name in self.manifest.additions]
         return [path.name for path in paths if path.parent.name == kind]
 
@@ -144,7 +149,7 @@ class Bundle:
         return self.add_file(f"schedules/{name}", encode_json(schedule))
 
     def add_file(self, name: str, content: bytes) -> Path:
-        """Add a JSON file under a name such as "plans/cpu", replacing what had that name.
+        """Add a JSON file under a name such as "measured/cpu", replacing what had that name.
 
         The file is named after its contents and the manifest switches to it at once, so that the
         bundle is whole at every moment, also for those who are reading it.
@@ -169,6 +174,16 @@ class Bundle:
             if before is not None and before.path != addition.path:
                 (self.directory / before.path).unlink(missing_ok=True)
         return target
+
+    def remove_files(self, names: Collection[str]) -> None:
+        """Remove additions by name; those that are not there are left out."""
+        with self._locked(MANIFEST):
+            manifest = _read_manifest(self.directory)
+            additions = dict(manifest.additions)
+            gone = [additions.pop(name) for name in names if name in additions]
+            self._switch(msgspec.structs.replace(manifest, additions=additions))
+            for addition in gone:
+                (self.directory / addition.path).unlink(missing_ok=True)
 
     def extend(
         self, resolutions: Sequence[Resolution] = (), batch: Range | None = None

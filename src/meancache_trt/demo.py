@@ -20,7 +20,7 @@ from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.probe import Probe
 from meancache_trt.meancache.runtime import Graph
 from meancache_trt.meancache.schedule import Schedule
-from meancache_trt.plan import plan
+from meancache_trt.measured import measure
 from meancache_trt.record import Note, RecordOptions, Report
 from meancache_trt.render import Pipeline, Rendering
 from meancache_trt.session import Session
@@ -89,7 +89,7 @@ def _build(directory: Path, threads: int, note: Note, report: Report) -> Bundle:
         checkpoint, directory / "calibration", recording, note=note, report=report
     )
     stages.bake_into(bundle, trajectories, BUDGETS)
-    plan(bundle, backend="auto", threads=threads)
+    measure(bundle, backend="auto", threads=threads)
     return bundle
 
 

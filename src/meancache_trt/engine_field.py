@@ -24,6 +24,8 @@ from meancache_trt.session import Session
 class EngineField:
     """The network of a bundle at one size and guidance scale; see `VelocityField`.
 
+    It takes text at its full length, so that prompts of any lengths share a batch.
+
     Args:
         pipeline: must outlive the field.
         trajectories: their settings are what the network is run with.
@@ -32,7 +34,7 @@ class EngineField:
 
     Raises:
         MeanCacheError: where the trajectories belong to another model, size, grid, guidance scale,
-            text length or precision than the bundle's.
+            text length than the bundle's, or were recorded in a precision too far from its own.
     """
 
     def __init__(

@@ -24,7 +24,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from meancache_trt.bundle import Bundle
-from meancache_trt.engine.select import open_runtime
+from meancache_trt.engine.cuda.device import ALIGNMENT_BYTES
+from meancache_trt.engine.select import check_backend, open_runtime
 from meancache_trt.errors import InputError
 from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.registry import FAMILIES
@@ -81,7 +82,7 @@ class EngineTransformer:
         self.config = _config(module, bundle)
         self._configs = {"transformer": self.config}
         self._is_owner = runtime is None
-        self._runtime = runtime or open_runtime(backend, threads=threads)
+        self._runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads)
         _, self._component = bundle.export.component_in("transformer", self._runtime.precisions)
         self._graph = self._runtime.load(bundle.component_path(self._component))
         self._tables: dict[Hashable, Tensors] = {}
@@ -109,6 +110,7 @@ class EngineTransformer:
             BundleError: where it is damaged or no bundle.
             RuntimeUnavailableError: where the backend cannot run here.
         """
+        check_backend(backend)  # before anything is read and hashed
         opened = Bundle.open(bundle, is_full_check=is_full_check)
         return cls(opened, backend=backend, threads=threads)
 
@@ -223,7 +225,10 @@ class EngineTransformer:
                 "torch.no_grad(), as diffusers pipelines do"
             )
         dtype = _torch_dtype(self._component.inputs[name])
-        return value.detach().to(self.device, dtype).contiguous()
+        placed = value.detach().to(self.device, dtype).contiguous()
+        # A part of a tensor may begin anywhere; TensorRT takes aligned addresses only.
+        is_skewed = self.device.type == "cuda" and placed.data_ptr() % ALIGNMENT_BYTES
+        return placed.clone() if is_skewed else placed
 
     def _run(self, inputs: Tensors) -> torch.Tensor:
         # Bound anew at each call: pipelines hand over other memory each time, and both velocities

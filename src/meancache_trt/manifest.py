@@ -122,6 +122,11 @@ class Resolution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Its pixels and frames alone, which tell the resolutions of a bundle apart."""
         return PictureSize(self.height, self.width, self.frames)
 
+    def with_text(self, text_tokens: int) -> Resolution:
+        """The same pictures, of prompts of another length: no other symbol depends on it."""
+        symbols = {**self.symbols, "text_tokens": text_tokens}
+        return msgspec.structs.replace(self, symbols=symbols)
+
 
 class TiledAxis(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An axis along which a decoder is run on overlapping tiles, as diffusers does it.
@@ -224,7 +229,9 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `frames_per_second` is what a video model was trained at. `tiling` is how the VAE decoder is
     run in tiles; null where it is always run on the whole latent. `resolutions` share the graphs;
     the first is the default. `batch` is for those who prepare plans: the sizes of a session that
-    are meant, not a limit, since ONNX Runtime has none.
+    are meant, not a limit, since ONNX Runtime has none. `text_buckets` are the lengths to which
+    hosts may cut conditioning and mask, ascending, the last of them `text_tokens`; empty where
+    nothing is ever cut, as in families without a text mask.
     """
 
     family: str
@@ -242,6 +249,7 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frames_per_second: float | None = None
     tiling: Tiling | None = None
     batch: Range = ONE
+    text_buckets: tuple[int, ...] = ()
 
     @property
     def resolution(self) -> Resolution:
@@ -255,13 +263,32 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def ranges(self) -> Ranges:
-        """What a plan must cover to serve every resolution; text has its full length."""
-        return Ranges.covering(self.sizes, text_tokens=self.text_tokens, batch=self.batch)
+        """What a plan must cover to serve every resolution and every length of text.
+
+        The usual length is the middle one.
+        """
+        lengths = self.text_lengths
+        text = Range(lengths[0], lengths[len(lengths) // 2], lengths[-1])
+        covering = Ranges.covering(self.sizes, text_tokens=self.text_tokens, batch=self.batch)
+        return msgspec.structs.replace(covering, text_tokens=text)
+
+    @property
+    def text_lengths(self) -> tuple[int, ...]:
+        """The numbers of text tokens that the network is run with, ascending, the full one last."""
+        return self.text_buckets or (self.text_tokens,)
 
     def weight_files(self) -> list[WeightFile]:
         """Every weight file of the bundle, once each."""
         parts = [file for component in self.components.values() for file in component.weights]
         return list(dict.fromkeys([*parts, *self.encoder_weights]))
+
+    def parts(self) -> list[str]:
+        """What there are graphs of, each once whatever its precisions."""
+        names = [
+            name.removesuffix(f"/{component.precision}")
+            for name, component in self.components.items()
+        ]
+        return list(dict.fromkeys(names))
 
     def component_in(self, part: str, precisions: Sequence[str]) -> tuple[str, Component]:
         """A part's graph, and its name, in the first of `precisions` that there is.

@@ -19,17 +19,19 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.embedding_cache import open_cache
 from meancache_trt.encoding import BundleEncoder
-from meancache_trt.engine.select import open_runtime
+from meancache_trt.engine.select import check_backend, open_runtime
 from meancache_trt.errors import InputError, ScheduleError
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.manifest import Resolution, check_guidance
 from meancache_trt.meancache.files import atomic_write, encode_json
 from meancache_trt.meancache.hashing import digest_of
 from meancache_trt.meancache.noise import philox_normal, torch_normal
+from meancache_trt.meancache.runtime import Runtime
 from meancache_trt.meancache.schedule import Schedule
-from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
-from meancache_trt.selection import check_grid, find_resolution, find_schedule
+from meancache_trt.meancache.sigmas import SigmaGrid
+from meancache_trt.selection import check_grid, find_resolution, find_schedule, pipeline_grid
 from meancache_trt.session import Graphs, Session
+from meancache_trt.text_length import cut_to_bucket
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,7 +112,11 @@ class Rendering:
 
 
 class Pipeline:
-    """A bundle on a backend. A context manager; not thread-safe. `load` explains the arguments."""
+    """A bundle on a backend. A context manager; not thread-safe.
+
+    `load` explains the arguments. A `runtime` is used instead of opening the backend; the caller
+    closes it, after the pipeline.
+    """
 
     def __init__(
         self,
@@ -118,14 +124,17 @@ class Pipeline:
         *,
         backend: str = "auto",
         threads: int = 0,
+        runtime: Runtime | None = None,
+        precision: str | None = None,
         embedding_cache: Path | str | None = None,
         text_precision: TextPrecision = "float32",
         keep_encoders: bool = True,
     ) -> None:
         self.bundle = bundle
-        self.runtime = open_runtime(backend, threads=threads)
-        self.graphs = Graphs(bundle, self.runtime)
-        self._sessions: dict[tuple[Schedule, tuple[int, ...]], Session] = {}
+        self._is_owner = runtime is None
+        self.runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads)
+        self.graphs = Graphs(bundle, self.runtime, precision)
+        self._sessions: dict[tuple[Schedule, tuple[int, ...], int], Session] = {}
         self._encoder = BundleEncoder(
             self.graphs,
             precision=text_precision,
@@ -134,7 +143,8 @@ class Pipeline:
         )
 
     def __enter__(self) -> Self:
-        self.runtime.__enter__()
+        if self._is_owner:
+            self.runtime.__enter__()
         return self
 
     def __exit__(
@@ -144,7 +154,8 @@ class Pipeline:
         trace: TracebackType | None,
     ) -> None:
         self._sessions.clear()
-        self.runtime.__exit__(kind, error, trace)
+        if self._is_owner:
+            self.runtime.__exit__(kind, error, trace)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with the bundle's text encoders, each once; see `load` for the cache.
@@ -157,16 +168,7 @@ class Pipeline:
     def grid(self, steps: int, resolution: Resolution | None = None) -> SigmaGrid:
         """The grid that the checkpoint's own pipeline would use with this many steps."""
         export = self.bundle.export
-        size = resolution or export.resolution
-        return grid_from_config(
-            export.scheduler,
-            steps,
-            convention=export.grid,
-            image_tokens=size.symbols["image_tokens"],
-            height=size.height,
-            width=size.width,
-            frames=size.frames,
-        )
+        return pipeline_grid(export, steps, resolution or export.resolution)
 
     def resolution(
         self, height: int | None = None, width: int | None = None, frames: int | None = None
@@ -194,7 +196,8 @@ class Pipeline:
 
         Raises:
             BundleError: where the bundle has none of that name or budget.
-            ScheduleError: where it belongs to another model, grid, guidance scale or precision.
+            ScheduleError: where it belongs to another model, grid or guidance scale, or to a
+                precision that says nothing of the network's.
         """
         export = self.bundle.export
         rendered = resolution or export.resolution
@@ -217,22 +220,26 @@ class Pipeline:
                 f"{str(found.model.digest)[:12]}), this bundle is {export.model.name!r} (digest "
                 f"{export.model.digest[:12]}); calibrate on this checkpoint"
             )
-        precision = self.graphs.network("transformer").precision
-        if found.calibration is not None and found.precision != precision:
-            raise ScheduleError(
-                f"schedule {found.name!r} was calibrated in {found.precision}, this bundle's "
-                f"network is {precision}; calibrate in {precision}"
-            )
+        found.check_precision(self.graphs.network("transformer").precision)
         grid = grid_of(found.grid.steps)
         check_grid(self.bundle, found, rendered.size, grid)
         return found.fit_to(grid, self.guidance(guidance_scale, found))
 
-    def session(self, schedule: Schedule, resolution: Resolution | None = None) -> Session:
-        """The session of a schedule and size; made once, then kept."""
+    def session(
+        self,
+        schedule: Schedule,
+        resolution: Resolution | None = None,
+        text_tokens: int | None = None,
+    ) -> Session:
+        """The session of a schedule, size and text length; made once, then kept.
+
+        `text_tokens` is by default the bundle's full length.
+        """
         size = resolution or self.bundle.export.resolution
-        key = (schedule, size.noise_shape)
+        length = self.bundle.export.text_tokens if text_tokens is None else text_tokens
+        key = (schedule, size.noise_shape, length)
         if key not in self._sessions:
-            self._sessions[key] = Session(self.graphs, schedule, size)
+            self._sessions[key] = Session(self.graphs, schedule, size.with_text(length))
         return self._sessions[key]
 
     def guidance(
@@ -265,7 +272,9 @@ class Pipeline:
     ) -> list[Rendering]:
         """Render one picture for each prompt.
 
-        A picture depends on its own prompt and seed alone, not on its place in the list.
+        A picture depends on its own prompt and seed alone, not on its place in the list. The
+        network runs on the shortest of the bundle's text lengths that holds the prompt and its
+        negative prompt.
 
         Args:
             prompts: texts, or what `encode` made of them (then torch is not needed).
@@ -291,14 +300,14 @@ class Pipeline:
         scale = self.guidance(guidance_scale, chosen)
         starts = [_NOISE[noise](start, size.noise_shape) for start in seeds]
         conditionings = self._encoder.for_pictures(prompts, negative_prompt)
-        session = self.session(chosen, size)
         schedule_digest = digest_of(encode_json(chosen))
         renderings = []
         for index, conditioning in enumerate(conditionings):
             prompt, *negatives = conditioning.prompts
-            batch = session.run(
+            length, tensors = cut_to_bucket(self.bundle.export, conditioning)
+            batch = self.session(chosen, size, length).run(
                 starts[index][None],
-                conditioning.tensors,
+                tensors,
                 scale,
                 _for_image(on_evaluation, index, len(seeds)),
                 vae_tiling=vae_tiling,
@@ -328,6 +337,7 @@ def load(
     *,
     backend: str = "auto",
     threads: int = 0,
+    precision: str | None = None,
     is_full_check: bool = False,
     embedding_cache: Path | str | None = None,
     text_precision: TextPrecision = "float32",
@@ -339,6 +349,8 @@ def load(
         bundle: the directory.
         backend: "auto" or a name that `meancache-trt doctor` lists.
         threads: cores that one graph may use; 0 means all.
+        precision: of the transformer's graph, where the bundle has several; by default what the
+            backend prefers.
         is_full_check: hash the weights even where their size and times are unchanged.
         embedding_cache: the directory where encoded prompts are kept, at most 1 GiB of them; by
             default in the user's cache directory, "off" for none.
@@ -350,12 +362,15 @@ def load(
     Raises:
         BundleError: where it is damaged or no bundle.
         RuntimeUnavailableError: where the backend cannot run here.
+        PlanMismatchError: where it needs plans, and the bundle has none for it.
     """
+    check_backend(backend)  # before anything is read and hashed
     opened = Bundle.open(bundle, is_full_check=is_full_check)
     return Pipeline(
         opened,
         backend=backend,
         threads=threads,
+        precision=precision,
         embedding_cache=embedding_cache,
         text_precision=text_precision,
         keep_encoders=keep_encoders,

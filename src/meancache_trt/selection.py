@@ -7,13 +7,26 @@ from pathlib import Path
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.errors import BundleError, InputError, ScheduleError
-from meancache_trt.manifest import Resolution
+from meancache_trt.manifest import Exported, Resolution
 from meancache_trt.meancache.schedule import Schedule, load_schedule
-from meancache_trt.meancache.sigmas import SigmaGrid
+from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config
 from meancache_trt.shapes import PictureSize
 
 GridOf = Callable[[int], SigmaGrid]
 """Steps -> the grid at the resolution that is rendered."""
+
+
+def pipeline_grid(export: Exported, steps: int, resolution: Resolution) -> SigmaGrid:
+    """The grid that the checkpoint's own pipeline would use with this many steps."""
+    return grid_from_config(
+        export.scheduler,
+        steps,
+        convention=export.grid,
+        image_tokens=resolution.symbols["image_tokens"],
+        height=resolution.height,
+        width=resolution.width,
+        frames=resolution.frames,
+    )
 
 
 def find_resolution(

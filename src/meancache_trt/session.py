@@ -41,15 +41,25 @@ class Batch:
 
 
 class Graphs:
-    """The graphs of a bundle on one runtime, each loaded at its first use."""
+    """The graphs of a bundle on one runtime, each loaded at its first use.
 
-    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
-        self.bundle, self.runtime = bundle, runtime
+    `precision` is that of the transformer, None for what the runtime prefers.
+    """
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, precision: str | None = None) -> None:
+        self.bundle, self.runtime, self._precision = bundle, runtime, precision
         self._loaded: dict[str, Graph] = {}
 
     def network(self, part: str) -> Component:
-        """A network in the precision that the runtime prefers of those that there are."""
-        return self.bundle.export.component_in(part, self.runtime.precisions)[1]
+        """A network in the precision that the runtime prefers of those that there are.
+
+        Raises `BundleError` where the transformer is not there in the precision asked for.
+        """
+        precisions = self.runtime.precisions
+        if self._precision is not None:
+            others = () if part == "transformer" else precisions
+            precisions = (self._precision, *others)
+        return self.bundle.export.component_in(part, precisions)[1]
 
     def graph(self, component: Component) -> Graph:
         """The loaded graph of a component."""

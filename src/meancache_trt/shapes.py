@@ -86,6 +86,21 @@ ONE = Range(1, 1, 1)
 """One picture at a time."""
 
 
+_BUCKETS, _BUCKET_UNIT = 4, 8
+
+
+def text_buckets(text_tokens: int) -> tuple[int, ...]:
+    """The lengths to which prompts of at most `text_tokens` are padded, ascending, that one last.
+
+    It, its half, its quarter and its eighth, rounded up to multiples of 8: 64, 128, 256 and 512 of
+    512. Each has memory of its own in a host, so they are few; below an eighth there is little to
+    gain beside the thousands of tokens of a picture. Tensor cores take 16-bit values in rows of 8.
+    """
+    halved = (-(-text_tokens // 2**times) for times in range(1, _BUCKETS))
+    rounded = (-(-length // _BUCKET_UNIT) * _BUCKET_UNIT for length in halved)
+    return tuple(sorted({text_tokens, *(length for length in rounded if length < text_tokens)}))
+
+
 class Ranges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a TensorRT profile is given: batch, pixels, frames of a video, and text tokens."""
 

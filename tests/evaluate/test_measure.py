@@ -224,8 +224,9 @@ def test_a_second_precision_that_runs_is_the_noise_floor(
     renderer: Counted, competitors: list[Competitor], pipeline: Pipeline, tmp_path: Path
 ) -> None:
     own = Path(pipeline.bundle.export.components["transformer"].path)
-    (rounded,) = other_precisions(in_another_precision(pipeline.bundle, own))
-    with Pipeline(rounded) as opened:
+    bundle = in_another_precision(pipeline.bundle, own)
+    (precision,) = other_precisions(bundle)
+    with Pipeline(bundle, precision=precision) as opened:
         floor = EngineRenderer(opened, opened.resolution(), tmp_path, batch=2)
         found = run(renderer, competitors[:1], tmp_path, rounded=[floor]).noise_floor
     assert found is not None
@@ -237,8 +238,9 @@ def test_a_second_precision_that_runs_is_the_noise_floor(
 def test_a_second_precision_that_does_not_run_is_noted(
     renderer: Counted, competitors: list[Competitor], pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    (rounded,) = other_precisions(in_another_precision(pipeline.bundle, Path("absent.onnx")))
-    with Pipeline(rounded) as opened:
+    bundle = in_another_precision(pipeline.bundle, Path("absent.onnx"))
+    (precision,) = other_precisions(bundle)
+    with Pipeline(bundle, precision=precision) as opened:
         floor = EngineRenderer(opened, opened.resolution(), tmp_path, batch=2)
         found = run(renderer, competitors[:1], tmp_path, rounded=[floor])
     assert found.noise_floor is None

@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from meancache_trt import standins
-from meancache_trt.engine.tensorrt_build import Shapes, build_plan, fused_attention_kernels
-from meancache_trt.errors import PlanError
+from meancache_trt.engine.tensorrt.record import ShapeRange
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Size
 from meancache_trt.export.flux import FLUX
@@ -25,8 +24,10 @@ from meancache_trt.export.job import PRECISIONS, Job
 from meancache_trt.export.networks import text_encoders
 from meancache_trt.export.weights import place_weights
 from meancache_trt.manifest import Component, Role
+from tests.engine.tensorrt.jobs import build_alone
 from tests.export.families import TINY, TinyExport, shared_export
 
+Shapes = dict[str, ShapeRange]
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -38,7 +39,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def shapes(tiny: TinyExport, component: Component) -> Shapes:
     sizes = [tiny.size(2, 2, 8, 1), tiny.size(6, 8, 16, 9), tiny.size(16, 16, 64, 9)]
     of_each = [tiny.shapes(component, size, 1 + (size is sizes[-1])) for size in sizes]
-    return {name: tuple(shape[name] for shape in of_each) for name in component.inputs}  # type: ignore[misc]
+    return {name: ShapeRange(*(shape[name] for shape in of_each)) for name in component.inputs}
 
 
 def test_only_the_networks_are_in_bfloat16(tiny: TinyExport) -> None:
@@ -81,16 +82,18 @@ def _target(cast: onnx.NodeProto) -> int:
 
 
 @pytest.mark.parametrize("capability", ["8.9", "12.0"])
-def test_plan_has_fused_attention(tiny: TinyExport, capability: str) -> None:
+def test_plan_has_fused_attention(tiny: TinyExport, capability: str, tmp_path: Path) -> None:
     component = tiny.exported.components["transformer/bfloat16"]
-    plan = build_plan(tiny.directory / component.path, shapes(tiny, component), [capability])
-    assert fused_attention_kernels(plan)
+    graph = tiny.directory / component.path
+    built = build_alone(graph, tmp_path, shapes(tiny, component), capability=capability)
+    assert built.fused_attention
 
 
-def test_every_other_graph_builds_too(tiny: TinyExport) -> None:
+def test_every_other_graph_builds_too(tiny: TinyExport, tmp_path: Path) -> None:
     for name in ("prepare", "update/h4", "vae_decoder/bfloat16"):
         component = tiny.exported.components[name]
-        assert build_plan(tiny.directory / component.path, shapes(tiny, component), ["8.9"])
+        built = build_alone(tiny.directory / component.path, tmp_path, shapes(tiny, component))
+        assert built.size_bytes
 
 
 def test_text_encoders_build_with_fused_attention(tmp_path: Path) -> None:
@@ -103,9 +106,11 @@ def test_text_encoders_build_with_fused_attention(tmp_path: Path) -> None:
         component = write_graph(model, PRECISIONS["bfloat16"], files)
         ends = [{"batch": batch, "text_tokens": 24} for batch in (1, 1, 2)]
         ((name, record),) = component.inputs.items()
-        ids = tuple(record.resolved(symbols) for symbols in ends)
-        plan = build_plan(tmp_path / component.path, {name: ids}, ["8.9", "12.0"])  # type: ignore[dict-item]
-        assert fused_attention_kernels(plan)
+        ids = {name: ShapeRange(*(record.resolved(symbols) for symbols in ends))}
+        for capability in ("8.9", "12.0"):
+            graph = tmp_path / component.path
+            built = build_alone(graph, tmp_path, ids, capability=capability)
+            assert built.fused_attention
 
 
 def test_openvino_runs_it_within_the_error_of_bfloat16(tiny: TinyExport) -> None:
@@ -165,22 +170,3 @@ def openvino_velocity(tiny: TinyExport, feeds: Arrays) -> NDArray[np.float32]:
     made = compiled({name: feeds[name] for name in component.inputs})
     result: NDArray[np.float32] = made["velocity"]
     return result
-
-
-def test_graph_that_cannot_be_parsed_is_refused_with_tensorrts_words(tmp_path: Path) -> None:
-    path = tmp_path / "broken.onnx"
-    path.write_bytes(b"no graph")
-    with pytest.raises(PlanError, match=r"cannot parse .*broken\.onnx"):
-        build_plan(path, {})
-
-
-def test_unknown_compute_capability_is_refused(tiny: TinyExport) -> None:
-    component = tiny.exported.components["update/h1"]
-    with pytest.raises(PlanError, match=r"builds for .*SM89.*, found 9\.0"):
-        build_plan(tiny.directory / component.path, shapes(tiny, component), ["9.0"])
-
-
-def test_input_without_shapes_is_named(tiny: TinyExport) -> None:
-    component = tiny.exported.components["update/h1"]
-    with pytest.raises(PlanError, match="input latent is dynamic"):
-        build_plan(tiny.directory / component.path, {}, ["8.9"])

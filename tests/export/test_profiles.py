@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from meancache_trt.export.profiles import ShapeRange, profile
 from meancache_trt.export.qwen_image import QWEN_IMAGE
 from meancache_trt.export.update import update_signature
 from meancache_trt.manifest import Component, batch_symbols
-from meancache_trt.shapes import PictureSize, Range, Ranges
+from meancache_trt.shapes import PictureSize, Range, Ranges, text_buckets
 from meancache_trt.tiling import levels, pieces
 from tests.export import test_hunyuan_video
 
@@ -168,6 +169,39 @@ def test_every_tile_of_every_resolution_lies_within_the_decoders_profile(
             lengths = [part.latent.stop - part.latent.start for part in parts] or [extent]
             assert smallest[axis.latent_axis] <= min(lengths)
             assert max(lengths) <= largest[axis.latent_axis]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_text_tokens_are_a_symbol_that_no_other_depends_on(name: str) -> None:
+    family, configs, sizes, text_tokens = CASES[name]
+    size = PictureSize.parse(sizes[0])
+    for length in text_buckets(text_tokens):
+        record, at_length = (
+            resolution(family, configs, Size(size.height, size.width, tokens, size.frames))
+            for tokens in (text_tokens, length)
+        )
+        assert record.with_text(length) == at_length
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_text_length_lies_within_the_profile(name: str) -> None:
+    family, configs, sizes, text_tokens = CASES[name]
+    buckets = text_buckets(text_tokens)
+    over = Range(buckets[0], buckets[1], buckets[-1])
+    wanted = msgspec.structs.replace(ranges(sizes, text_tokens), text_tokens=over)
+    size = PictureSize.parse(sizes[0])
+    record = resolution(family, configs, Size(size.height, size.width, text_tokens, size.frames))
+    for _, component in graphs(family, configs):
+        found = profile(component, family, configs, wanted)
+        for length in buckets:
+            symbols = {**record.with_text(length).symbols, **batch_symbols(BATCH.opt)}
+            for tensor, fed in component.inputs.items():
+                if fed.role == "latent_grid":  # fed tiles: above
+                    continue
+                smallest, _, largest = map(np.array, found[tensor])
+                shape = np.array(fed.resolved(symbols))
+                assert (smallest <= shape).all(), tensor
+                assert (shape <= largest).all(), tensor
 
 
 def test_an_end_that_the_family_cannot_take_is_refused() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from meancache_trt.meancache import hashing
-from meancache_trt.meancache.hashing import verified_sha256
+from meancache_trt.meancache.hashing import remember_sha256, verified_sha256
 
 
 @pytest.fixture
@@ -30,6 +30,16 @@ def test_an_unchanged_file_is_hashed_once(tmp_path, hashed):
     expected = hashlib.sha256(b"w" * 100).hexdigest()
     assert [verified_sha256(file) for _ in range(3)] == [expected] * 3
     assert len(hashed) == 1
+
+
+def test_a_file_whose_digest_is_known_is_not_hashed_until_it_changes(tmp_path, hashed):
+    file = tmp_path / "plan"
+    file.write_bytes(b"one")
+    remember_sha256(file, "the digest")
+    assert verified_sha256(file) == "the digest"
+    assert hashed == []
+    file.write_bytes(b"another")
+    assert verified_sha256(file) == hashlib.sha256(b"another").hexdigest()
 
 
 def test_a_rewritten_file_is_hashed_again(tmp_path, hashed):

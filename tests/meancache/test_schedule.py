@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -415,3 +416,27 @@ def test_a_schedule_for_a_range_serves_every_scale_in_it() -> None:
 def test_a_range_of_impossible_scales_is_refused() -> None:
     with pytest.raises(InputError, match="0 to 1000, found 2000"):
         msgspec.structs.replace(fitted(), guidance_range=(2.0, 2000.0))
+
+
+@pytest.mark.parametrize(
+    ("made", "run", "is_taken"),
+    [
+        ("float32", "bfloat16", True),
+        ("bfloat16", "float32", True),
+        ("float16", "bfloat16", True),
+        ("float8", "float8", True),
+        ("float32", "float8", False),
+        ("int8", "bfloat16", False),
+    ],
+)
+def test_what_was_calibrated_serves_networks_of_a_near_precision(
+    made: str, run: str, is_taken: bool
+) -> None:
+    schedule = msgspec.structs.replace(calibrated(), precision=made)
+    refusal = pytest.raises(ScheduleError, match=f"calibrated in {made}, this network is {run};")
+    with contextlib.nullcontext() if is_taken else refusal:
+        schedule.check_precision(run)
+
+
+def test_what_was_not_calibrated_serves_networks_of_any_precision() -> None:
+    msgspec.structs.replace(official(), precision="float8").check_precision("int4")

@@ -10,11 +10,13 @@ import click
 
 from meancache_trt import __version__
 from meancache_trt.cli.bake import bake
-from meancache_trt.cli.build import build, export, plan
+from meancache_trt.cli.build import build, export
 from meancache_trt.cli.calibrate import calibrate
 from meancache_trt.cli.demo import demo
+from meancache_trt.cli.doctor import doctor
 from meancache_trt.cli.evaluate import evaluate
-from meancache_trt.cli.inspect import doctor, inspect
+from meancache_trt.cli.inspect import inspect
+from meancache_trt.cli.plan import plan
 from meancache_trt.cli.render import encode, render
 from meancache_trt.errors import MeanCacheError
 

@@ -1,4 +1,4 @@
-"""`build`, and two of its stages as commands of their own: `export`, `plan`."""
+"""`build`, and one of its stages as a command of its own: `export`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from meancache_trt import build as stages
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.calibration.baking import BakeOptions
 from meancache_trt.calibration.target import Goal
-from meancache_trt.cli import options
+from meancache_trt.calibration.trajectories import Trajectories
+from meancache_trt.cli import options, planning
 from meancache_trt.cli.inspect import inspect_bundle, print_schedules, schedule_facts
-from meancache_trt.cli.output import hush_libraries, note, print_json, print_table, progress
+from meancache_trt.cli.output import hush_libraries, note, print_json, progress, transient_progress
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.plan import plan as plan_bundle
+from meancache_trt.measured import measure
+from meancache_trt.plan import plan
+from meancache_trt.plan_targets import PlanOptions, Target, find_targets
 from meancache_trt.record import RecordOptions
 from meancache_trt.shapes import PictureSize, Range
 
@@ -76,6 +79,7 @@ _output = click.option(
 @_parity_memory
 @options.backend
 @options.threads
+@planning.options
 @options.force
 @options.as_json
 def build(
@@ -102,6 +106,7 @@ def build(
     parity_memory: float | None,
     backend: str,
     threads: int,
+    planning: PlanOptions,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -118,15 +123,16 @@ def build(
     wanted = options.wanted_of(budgets, target_psnr, percentile, confidence, stages.DEFAULT_BUDGETS)
     options.check_samples(samples, method, wanted)
     scale, scales = options.guidance_of(guidance_scale)
+    reasons: list[str] = []
+    targets = find_targets(backend, planning, note=reasons.append)
     hush_libraries()
     checkpoint = stages.find_model(model)
     known = None if force else output
     first, *further = resolutions or (one_size(checkpoint, known, height, width, frames),)
-    prompts = prompts_of(checkpoint, file)
     recording = RecordOptions(
         size=(first.height, first.width),
         frames=first.frames,
-        prompts=prompts,
+        prompts=prompts_of(checkpoint, file),
         steps=steps,
         samples=samples,
         guidance_scale=scale,
@@ -144,12 +150,10 @@ def build(
         parity_gib=parity_memory,
     )
     bundle = stages.export(checkpoint, output, exporting, note=note, is_forced=force)
+    _plan(bundle, targets, planning, reasons, is_forced=force)
     recording = replace(recording, text_tokens=bundle.export.text_tokens)
     work = stages.calibration_directory(bundle, checkpoint, exporting)
-    with progress("calibrate") as report:
-        trajectories = stages.record_pipeline(
-            checkpoint, work, recording, note=note, report=report, is_forced=force
-        )
+    trajectories = _record(checkpoint, work, recording, is_forced=force)
     stages.bake_into(
         bundle,
         trajectories,
@@ -159,7 +163,7 @@ def build(
         threads=threads,
         note=note,
     )
-    plan_bundle(bundle, backend=backend, threads=threads)
+    measure(bundle, backend=backend, threads=threads)
     report_schedules(bundle, as_json=as_json)
 
 
@@ -217,19 +221,27 @@ def export(
     inspect_bundle(bundle, as_json=as_json)
 
 
-@click.command()
-@options.bundle
-@options.backend
-@options.threads
-@options.as_json
-def plan(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
-    """Prepare a bundle's graphs for a backend and measure one evaluation."""
-    record = plan_bundle(Bundle.open(bundle), backend=backend, threads=threads)
-    if as_json:
-        print_json(record)
-        return
-    click.echo(f"{record.runtime} {record.version}: {record.evaluation_ms:.2f} ms an evaluation")
-    print_table(["graph", "load ms"], [[k, f"{ms:.1f}"] for k, ms in record.load_ms.items()])
+def _plan(
+    bundle: Bundle,
+    targets: Sequence[Target],
+    planning: PlanOptions,
+    reasons: Sequence[str],
+    *,
+    is_forced: bool,
+) -> None:
+    """Build plans; `reasons` say why there are no more targets."""
+    for reason in reasons:
+        note(reason)
+    plan([bundle], targets, planning, note=note, progress=transient_progress, is_forced=is_forced)
+
+
+def _record(
+    checkpoint: Checkpoint, directory: Path, recording: RecordOptions, *, is_forced: bool
+) -> Trajectories:
+    with progress("calibrate") as report:
+        return stages.record_pipeline(
+            checkpoint, directory, recording, note=note, report=report, is_forced=is_forced
+        )
 
 
 def report_schedules(bundle: Bundle, *, as_json: bool) -> None:

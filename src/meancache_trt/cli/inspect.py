@@ -1,14 +1,9 @@
-"""`inspect` and `doctor`."""
+"""`inspect`: what a bundle or a schedule file holds."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -16,29 +11,17 @@ import msgspec
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.cli import options
 from meancache_trt.cli.output import decibels, print_json, print_table, show_schedule
-from meancache_trt.engine.select import available_backends
+from meancache_trt.cli.plan_table import ListedPlan, list_plans, plan_facts, print_plans
+from meancache_trt.errors import PlanMismatchError
 from meancache_trt.meancache.schedule import Schedule, load_schedule
+from meancache_trt.measured import describe, measured_in
 from meancache_trt.selection import calibrated_size
 from meancache_trt.shapes import Ranges
-
-_PACKAGES = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx",
-    "cuda-python",
-    "torch",
-    "diffusers",
-    "transformers",
-    "tokenizers",
-    "onnx",
-    "numpy",
-)
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Hash all weights again.")
+@click.option("--verify", is_flag=True, help="Hash all weights and plans again.")
 @options.as_json
 def inspect(path: Path, verify: bool, as_json: bool) -> None:
     """Show what a bundle or a schedule file holds."""
@@ -46,37 +29,12 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
         _inspect_schedule(load_schedule(path), as_json=as_json)
         return
     directory = path.parent if path.name == MANIFEST else path
-    inspect_bundle(Bundle.open(directory, is_full_check=verify), as_json=as_json)
-
-
-@click.command()
-@options.as_json
-def doctor(as_json: bool) -> None:
-    """Show what this machine can run, and what will be chosen."""
-    facts = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "backends": available_backends(),
-    }
-    if as_json:
-        print_json(facts)
-        return
-    print_table(["machine", ""], [[k, facts[k]] for k in ("python", "platform", "cores")])
-    click.echo()
-    packages: Any = facts["packages"]
-    print_table(["package", "version"], [[k, v or "not installed"] for k, v in packages.items()])
-    click.echo()
-    print_table(["backend", ""], [[b.name, b.state] for b in available_backends()])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    bundle = Bundle.open(directory, is_full_check=verify)
+    plans = list_plans(bundle, is_full_check=verify)
+    inspect_bundle(bundle, plans, as_json=as_json)
+    unusable = [plan.problem for plan in plans if plan.problem is not None]
+    if verify and unusable:  # said last: everything else renders without it
+        raise PlanMismatchError("; ".join(unusable))
 
 
 def _inspect_schedule(schedule: Schedule, *, as_json: bool) -> None:
@@ -86,18 +44,19 @@ def _inspect_schedule(schedule: Schedule, *, as_json: bool) -> None:
     show_schedule(schedule)
 
 
-def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
-    """Print what a bundle holds."""
+def inspect_bundle(bundle: Bundle, plans: Sequence[ListedPlan] = (), *, as_json: bool) -> None:
+    """Print what a bundle holds, and of its plans those that are given."""
     export = bundle.export
     schedules = [bundle.schedule(name) for name in bundle.schedule_names()]
-    plans = bundle.names("plans")
+    measured = measured_in(bundle)
     if as_json:
         facts = {
             "bundle_id": bundle.manifest.bundle_id,
             **msgspec.to_builtins(export),
             "ranges": export.ranges,
             "schedules": [schedule_facts(schedule) for schedule in schedules],
-            "plans": plans,
+            "plans": [plan_facts(plan) for plan in plans],
+            "measured": measured,
             "tools": bundle.manifest.tools,
         }
         print_json(facts)
@@ -136,8 +95,12 @@ def inspect_bundle(bundle: Bundle, *, as_json: bool) -> None:
     )
     click.echo()
     print_schedules(schedules)
-    for path in plans:
-        click.echo(f"plan {path}")
+    if plans:
+        click.echo()
+        print_plans(plans)
+    for record in measured:
+        click.echo()
+        click.echo(f"measured    {describe(record)}")
 
 
 def _ranges(ranges: Ranges) -> str:
@@ -151,12 +114,13 @@ def print_schedules(schedules: Sequence[Schedule]) -> None:
     print_table(
         [
             *("schedule", "evaluations", "of", "method", "history"),
-            *("guidance scale", "calibrated at", "PSNR dB", "5 %", "worst", "SSIM", "Euler dB"),
+            *("guidance scale", "calibrated at", "in"),
+            *("PSNR dB", "5 %", "worst", "SSIM", "Euler dB"),
         ],
         [
             [
                 *(s.name, s.budget, s.grid.steps, s.method, s.history),
-                *(_scale(s), _size(s) or "", *_fidelity(s)),
+                *(_scale(s), _size(s) or "", s.precision if s.calibration else "", *_fidelity(s)),
             ]
             for s in schedules
         ],
@@ -195,5 +159,6 @@ def schedule_facts(schedule: Schedule) -> dict[str, object]:
         "guidance_scale": schedule.guidance_scale,
         "guidance_range": schedule.guidance_range,
         "calibrated_at": _size(schedule),
+        "precision": None if schedule.calibration is None else schedule.precision,
         "calibration": schedule.calibration,
     }

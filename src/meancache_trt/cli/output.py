@@ -11,8 +11,17 @@ from typing import Any
 import click
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from meancache_trt.meancache.schedule import Schedule
 
@@ -52,7 +61,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # no markup: [cpu] is to be seen
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
@@ -77,12 +86,32 @@ def progress(what: str) -> Iterator[Report]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _plain(what: str) -> Report:
+@contextlib.contextmanager
+def transient_progress(what: str) -> Iterator[Report]:
+    """The share of one of many works: a bar that leaves the terminal with it, or a line now and
+    then. Whoever does the work says that it is done.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain(what, is_end_said=False)
+        return
+    columns: Any = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain(what: str, *, is_end_said: bool = True) -> Report:
     last = time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal last
-        if done == total or time.monotonic() - last >= _PLAIN_LINE_S:
+        if (done == total and is_end_said) or time.monotonic() - last >= _PLAIN_LINE_S:
             last = time.monotonic()
             note(f"{what}: {done}/{total}")
 
@@ -104,6 +133,8 @@ def show_schedule(schedule: Schedule) -> None:
         click.echo(f"guidance scale {schedule.guidance_scale}")
     if schedule.model is not None:
         click.echo(f"model {schedule.model.name}")
+    if schedule.calibration is not None:
+        click.echo(f"calibrated in {schedule.precision}")
     click.echo()
     spans = [*(schedule.spans or ()), ""] if schedule.spans else [""] * schedule.budget
     rows = [

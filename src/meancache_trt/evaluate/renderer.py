@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import numpy as np
 
 from meancache_trt.bundle import Bundle
@@ -42,7 +41,7 @@ class Renderer(Protocol):
 
 
 class EngineRenderer:
-    """A bundle on its engine, at one size and guidance scale.
+    """A bundle on its engine, at one size and guidance scale, and at the full text length.
 
     Args:
         pipeline: must outlive the renderer.
@@ -130,16 +129,11 @@ class EngineRenderer:
         return Conditioning.load(path)
 
 
-def other_precisions(bundle: Bundle) -> list[Bundle]:
-    """The bundle with its network in each of the other precisions that it holds.
+def other_precisions(bundle: Bundle, own: str = "float32") -> list[str]:
+    """The precisions of the bundle's transformer graphs besides `own`.
 
     Whether they run is for a runtime to say.
     """
-    export, found = bundle.export, []
-    for name, component in export.components.items():
-        if name.startswith("transformer/"):
-            components = {**export.components, "transformer": component}
-            changed = msgspec.structs.replace(export, components=components)
-            manifest = msgspec.structs.replace(bundle.manifest, export=changed)
-            found.append(Bundle(bundle.directory, manifest))
-    return found
+    components = bundle.export.components
+    names = [name for name in components if name.partition("/")[0] == "transformer"]
+    return [components[name].precision for name in names if components[name].precision != own]

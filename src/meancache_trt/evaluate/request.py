@@ -141,9 +141,15 @@ def evaluate_bundle(
             steps = steps_of([each.make() for each in competitors])
         rounded = [
             _engine(
-                stack.enter_context(_pipeline(other, request)), request, size, embeddings, scale
+                stack.enter_context(_pipeline(bundle, request, precision)),
+                request,
+                size,
+                embeddings,
+                scale,
             )
-            for other in other_precisions(bundle)
+            for precision in other_precisions(
+                bundle, opened.graphs.network("transformer").precision
+            )
         ]
         texts = request.texts or _unseen_texts(_standin(bundle.export.model.digest), recorded)
         plan = _plan(request, texts, recorded, steps, rounded)
@@ -214,11 +220,12 @@ def _record_options(checkpoint: Checkpoint, request: Request) -> RecordOptions:
     )
 
 
-def _pipeline(bundle: Bundle, request: Request) -> Pipeline:
+def _pipeline(bundle: Bundle, request: Request, precision: str | None = None) -> Pipeline:
     return Pipeline(
         bundle,
         backend=request.backend,
         threads=request.threads,
+        precision=precision,
         embedding_cache=request.embedding_cache,
         text_precision=request.text_precision,
     )
