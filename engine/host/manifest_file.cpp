@@ -68,7 +68,7 @@ WeightFile read_weights(const Json& json) {
   WeightFile file;
   file.path = object.required("path").text();
   object.required("size_bytes").integer();
-  object.required("sha256").text();
+  file.sha256 = object.required("sha256").text();
   file.is_linked = object.required("is_linked").boolean();
   object.close();
   return file;

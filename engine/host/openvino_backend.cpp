@@ -230,7 +230,7 @@ class OpenVinoRuntime : public Runtime {
 
 }  // namespace
 
-std::shared_ptr<Runtime> open_openvino(const RuntimeOptions& options) {
+std::shared_ptr<Runtime> open_openvino(const RuntimeOptions& options, const Bundle& /*bundle*/) {
   if (options.threads < 0) {
     throw Error(MCT_INPUT_ERROR,
                 "threads are 0 (all) or more, found " + text_of(std::int64_t{options.threads}));
