@@ -191,6 +191,7 @@ class NativeBundle(_Handle):
         text_tokens: int = 0,
         guidance_scale: float | None = None,
         threads: int = 0,
+        concurrency: int = 1,
     ) -> NativeSession:
         """A session; arguments as in `mct_session_options`, 0 and None for the defaults."""
         options = abi.SessionOptions(
@@ -204,6 +205,7 @@ class NativeBundle(_Handle):
             has_guidance_scale=guidance_scale is not None,
             guidance_scale=guidance_scale or 0.0,
             threads=threads,
+            concurrency=concurrency,
         )
         return NativeSession(self.library, self._handle, options, self.resolutions())
 

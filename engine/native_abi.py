@@ -125,6 +125,7 @@ class SessionOptions(Sized):
         ("guidance_scale", c_double),
         ("threads", c_int),
         ("device", c_int),
+        ("concurrency", c_int),
     ]
 
 

@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bundle.hpp"
@@ -87,11 +88,13 @@ struct GraphSource {
 };
 
 struct RuntimeOptions {
-  int threads = 0;  // on a CPU; 0: all
-  int device = 0;   // of the GPU
+  int threads = 0;      // on a CPU; 0: all
+  int device = 0;       // of the GPU
+  int concurrency = 1;  // sessions that run side by side on a CPU
 
   bool operator<(const RuntimeOptions& other) const {
-    return threads != other.threads ? threads < other.threads : device < other.device;
+    return std::tie(threads, device, concurrency) <
+           std::tie(other.threads, other.device, other.concurrency);
   }
 };
 

@@ -143,6 +143,7 @@ mct_status mct_session_create(mct_bundle* bundle, const mct_session_options* opt
     RuntimeOptions running;
     running.threads = given.threads;
     running.device = given.device;
+    running.concurrency = given.concurrency == 0 ? 1 : given.concurrency;
     const std::string backend = given.backend == nullptr ? "" : given.backend;
     std::shared_ptr<Graphs> graphs = bundle->shared->graphs(backend, running);
     const Runtime& runtime = graphs->runtime();

@@ -164,7 +164,7 @@ class OpenVinoGraph : public Graph {
 
 class OpenVinoRuntime : public Runtime {
  public:
-  explicit OpenVinoRuntime(int threads) : threads_(threads) {}
+  explicit OpenVinoRuntime(const RuntimeOptions& options) : options_(options) {}
 
   std::string name() const override { return "openvino"; }
   std::string version() const override { return ov::get_openvino_version().buildNumber; }
@@ -197,17 +197,18 @@ class OpenVinoRuntime : public Runtime {
  private:
   // A light graph runs on one thread: waking a second costs more than it saves.
   ov::AnyMap config(bool is_light) const {
+    const int threads = is_light ? 1 : options_.threads;
     ov::AnyMap options = {
         // By default some processors round to bfloat16, also what a graph keeps in float32.
         ov::hint::inference_precision(ov::element::f32),
         ov::hint::execution_mode(ov::hint::ExecutionMode::ACCURACY),
-        ov::num_streams(1),
+        ov::num_streams(options_.concurrency),
         // Several sessions on the same cores would wait for each other.
         ov::hint::enable_cpu_pinning(false),
     };
-    const int threads = is_light ? 1 : threads_;
     if (threads > 0) {
-      options.insert(ov::inference_num_threads(threads));
+      // Of all streams together.
+      options.insert(ov::inference_num_threads(threads * options_.concurrency));
     }
     return options;
   }
@@ -224,19 +225,25 @@ class OpenVinoRuntime : public Runtime {
     }
   }
 
-  int threads_;
+  RuntimeOptions options_;
   ov::Core core_;
 };
+
+void check_count(const char* what, int found, int least) {
+  constexpr int most = 4096;
+  if (found < least || found > most) {
+    throw Error(MCT_INPUT_ERROR,
+                std::string(what) + " or more, up to 4096; found " + text_of(std::int64_t{found}));
+  }
+}
 
 }  // namespace
 
 std::shared_ptr<Runtime> open_openvino(const RuntimeOptions& options, const Bundle& /*bundle*/) {
-  if (options.threads < 0) {
-    throw Error(MCT_INPUT_ERROR,
-                "threads are 0 (all) or more, found " + text_of(std::int64_t{options.threads}));
-  }
+  check_count("threads are 0 (all)", options.threads, 0);
+  check_count("concurrency is 1", options.concurrency, 1);
   try {
-    return std::make_shared<OpenVinoRuntime>(options.threads);
+    return std::make_shared<OpenVinoRuntime>(options);
   } catch (const std::exception& error) {
     throw Error(MCT_RUNTIME_UNAVAILABLE_ERROR,
                 std::string("OpenVINO cannot start: ") + error.what());

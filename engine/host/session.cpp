@@ -82,6 +82,11 @@ Session::~Session() {
   }
 }
 
+std::shared_ptr<Graph> Session::load(const std::string& name, const Component& component) {
+  loaded_.push_back(graphs_->load(name, component));
+  return loaded_.back();
+}
+
 Shape Session::with_batch(const Shape& sample) const {
   Shape shape = {batch_};
   shape.insert(shape.end(), sample.begin(), sample.end());
@@ -125,10 +130,10 @@ void Session::make_loop(const Named& transformer, const Named& update) {
   const Exported& exported = graphs_->bundle().exported();
   const Component& part = *transformer.second;
   const Role fed = exported.guidance.is_classifier_free() ? Role::model_input : Role::latent;
-  const Network network{graphs_->load(transformer.first, part), part.input_named(fed),
+  const Network network{load(transformer.first, part), part.input_named(fed),
                         part.input_named(Role::timestep), part.output_named(Role::velocity),
                         exported.timestep_scale};
-  const Update move{graphs_->load(update.first, *update.second), update.second->history(),
+  const Update move{load(update.first, *update.second), update.second->history(),
                     update.second->outputs.count("model_input") != 0};
   LoopConstants constants;
   for (const auto& [name, tensor] : inputs_) {
@@ -161,7 +166,7 @@ void Session::bind_prepare() {
                                         ", which no graph takes; build the bundle again");
     }
   }
-  preparation_ = graphs_->load("prepare", prepare)->bind(bindings);
+  preparation_ = load("prepare", prepare)->bind(bindings);
 }
 
 std::size_t Session::noise_count() const { return elements_of(noise_->shape()); }
@@ -235,7 +240,8 @@ Session::Encoder& Session::encoder(const std::string& name) {
   }
   Bindings bindings = encoder.outputs;
   bindings[input] = encoder.ids;
-  encoder.call = graphs_->load(name, component)->bind(bindings);
+  encoder.graph = graphs_->load(name, component);
+  encoder.call = encoder.graph->bind(bindings);
   return encoders_.emplace(name, std::move(encoder)).first->second;
 }
 
@@ -339,7 +345,7 @@ const Array& Session::decode(bool is_space_tiled) {
     const auto [name, component] = graphs_->network("vae_decoder");
     const TensorRecord& image = component->outputs.at(component->output_named(Role::image));
     decoder =
-        std::make_unique<Decoder>(graphs_->runtime(), graphs_->load(name, *component), *component,
+        std::make_unique<Decoder>(graphs_->runtime(), load(name, *component), *component,
                                   loop_->final_latent()->view(with_batch(resolution_.decode_shape)),
                                   image.resolved(sizes_), tiles);
   }

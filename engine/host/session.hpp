@@ -78,12 +78,15 @@ class Session {
 
  private:
   struct Encoder {
+    std::shared_ptr<Graph> graph;
     TensorPtr ids;
     Bindings outputs;
     CallPtr call;
   };
   using Named = std::pair<std::string, const Component*>;
 
+  // A graph, which lives as long as this session, so that others share it.
+  std::shared_ptr<Graph> load(const std::string& name, const Component& component);
   Shape with_batch(const Shape& sample) const;
   void make_inputs(const Component& transformer, const Component& update);
   void make_loop(const Named& transformer, const Named& update);
@@ -93,6 +96,7 @@ class Session {
   void encode(Encoder& encoder, const std::int64_t* ids, std::size_t samples);
 
   std::shared_ptr<Graphs> graphs_;
+  std::vector<std::shared_ptr<Graph>> loaded_;
   Resolution resolution_;
   ChosenSchedule chosen_;
   std::int64_t batch_;

@@ -26,7 +26,8 @@
  * - What is passed in is copied before the function returns, unless it is said; texts that are
  *   returned belong to the handle and live as long.
  * - A bundle may be used from several threads at a time. A session may not: give each thread its
- *   own. Sessions of one bundle with the same backend and threads share graphs and weights.
+ *   own. Sessions of one bundle with the same backend, threads, device and concurrency share graphs
+ *   and weights.
  * - C99 and C++17; no header of CUDA, TensorRT or OpenVINO is needed. A CUDA stream is a void*.
  */
 
@@ -220,6 +221,9 @@ typedef struct mct_session_options {
   double guidance_scale; /* else the schedule's own, or the model's default */
   int threads;           /* cores that one graph may use, on a CPU; 0: all */
   int device;            /* index of the GPU */
+  int concurrency; /* sessions of this bundle, with the same backend and threads, that run side
+                      by side on a CPU; 0 means 1: others wait for their turn. Each takes scratch
+                      memory of its own, weights are shared */
 } mct_session_options;
 
 /* Make a bundle ready to render one schedule at one size and batch: all memory is allocated and

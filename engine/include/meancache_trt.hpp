@@ -139,6 +139,7 @@ struct SessionOptions {
   std::optional<double> guidance_scale;
   int threads = 0;
   int device = 0;
+  int concurrency = 1;
 };
 
 // (evaluations done, B) -> whether to go on. An exception cancels, and is thrown again by run.
@@ -160,6 +161,7 @@ class Session {
     given.guidance_scale = options.guidance_scale.value_or(0);
     given.threads = options.threads;
     given.device = options.device;
+    given.concurrency = options.concurrency;
     mct_session* session = nullptr;
     check(mct_session_create(bundle.get(), &given, &session));
     handle_.reset(session);

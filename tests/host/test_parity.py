@@ -109,9 +109,12 @@ def test_tiled_decoding_equals_the_python_hosts(
             np.testing.assert_allclose(found, pictures, rtol=0, atol=PIXEL_TOLERANCE)
 
 
-def test_eight_threads_give_the_serial_results(flux: Subject, library: NativeLibrary) -> None:
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_eight_threads_give_the_serial_results(
+    flux: Subject, library: NativeLibrary, concurrency: int
+) -> None:
     with NativeBundle(flux.bundle, library=library) as bundle:
-        sessions = [bundle.session("b6", threads=1) for _ in range(8)]
+        sessions = [bundle.session("b6", threads=1, concurrency=concurrency) for _ in range(8)]
         for session in sessions:
             session.set_conditioning(flux.tensors)
 

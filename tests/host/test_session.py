@@ -139,6 +139,22 @@ def test_a_session_outlives_its_bundle(flux: Subject, library: NativeLibrary) ->
     session.close()
 
 
+def test_sessions_of_one_bundle_share_graphs(
+    bundle: Path, flux: Subject, library: NativeLibrary
+) -> None:
+    with (
+        NativeBundle(bundle, library=library) as opened,
+        opened.session("b6", threads=1) as first,
+    ):
+        first.set_conditioning(flux.tensors)
+        expected = first.run(seeds=[1])
+        for graph in bundle.glob("**/*.onnx"):
+            graph.unlink()  # nothing is loaded again
+        with opened.session("b6", threads=1) as second:
+            second.set_conditioning(flux.tensors)
+            np.testing.assert_array_equal(second.run(seeds=[1]), expected)
+
+
 def test_symbolic_links_are_refused_with_what_to_do(
     bundle: Path, library: NativeLibrary, tmp_path: Path
 ) -> None:
