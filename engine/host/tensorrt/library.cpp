@@ -102,6 +102,17 @@ const char* host_tensor(const ICudaEngine& engine) {
   return nullptr;
 }
 
+// Some headers have the question, others do not: the first of these is taken where it compiles.
+template <class Context>
+auto asked_capturable(Context& context, cudaStream_t stream, int /*preferred*/)
+    -> decltype(context.isStreamCapturable(stream)) {
+  return context.isStreamCapturable(stream);
+}
+template <class Context>
+bool asked_capturable(Context& /*context*/, cudaStream_t /*stream*/, long /*otherwise*/) {
+  return true;
+}
+
 PlanTensors tensors_of(const ICudaEngine& engine, nvinfer1::TensorIOMode mode) {
   PlanTensors tensors;
   for (int index = 0; index < engine.getNbIOTensors(); ++index) {
@@ -280,10 +291,6 @@ NativeContext make_context(ICudaEngine& engine, KernelCache& cache) {
   return made;
 }
 
-bool is_capturable(nvinfer1::IExecutionContext& context, cudaStream_t stream) {
-  return context.isStreamCapturable(stream);
-}
-
 #else
 
 // What follows TensorRT cannot do; only TensorRT for RTX does.
@@ -300,8 +307,10 @@ NativeContext make_context(ICudaEngine& engine, KernelCache& /*cache*/) {
   return made;
 }
 
-bool is_capturable(nvinfer1::IExecutionContext&, cudaStream_t) { return true; }
-
 #endif
+
+bool is_capturable(nvinfer1::IExecutionContext& context, cudaStream_t stream) {
+  return asked_capturable(context, stream, 0);
+}
 
 }  // namespace mct

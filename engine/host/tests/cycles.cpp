@@ -2,7 +2,7 @@
 // sanitizers. The bundle is opened and closed once, and once more around them: compiling graphs
 // takes most of the time there.
 //
-// usage: cycles BUNDLE COUNT
+// usage: cycles BUNDLE COUNT [BACKEND]
 
 #include <cstdlib>
 #include <iostream>
@@ -14,9 +14,10 @@ namespace {
 using meancache_trt::Bundle;
 using meancache_trt::Session;
 
-Session session_of(const Bundle& bundle) {
+Session session_of(const Bundle& bundle, const char* backend) {
   meancache_trt::SessionOptions options;
   options.threads = 1;
+  options.backend = backend;
   return Session(bundle, options);
 }
 
@@ -31,18 +32,18 @@ void use(Session& session) {
   session.decode_rgb();
 }
 
-void once(const char* path) {
+void once(const char* path, const char* backend) {
   const Bundle bundle(path);
-  Session session = session_of(bundle);
+  Session session = session_of(bundle, backend);
   use(session);
 }
 
-void cycles(const char* path, int count) {
+void cycles(const char* path, int count, const char* backend) {
   const Bundle bundle(path);
-  Session kept = session_of(bundle);  // what shares the compiled graphs
+  Session kept = session_of(bundle, backend);  // what shares the compiled graphs
   use(kept);
   for (; count > 0; --count) {
-    Session session = session_of(bundle);
+    Session session = session_of(bundle, backend);
     use(session);
   }
 }
@@ -50,13 +51,14 @@ void cycles(const char* path, int count) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 3) {
-    std::cerr << "usage: cycles BUNDLE COUNT\n";
+  if (count != 3 && count != 4) {
+    std::cerr << "usage: cycles BUNDLE COUNT [BACKEND]\n";
     return 2;
   }
+  const char* backend = count == 4 ? arguments[3] : "";
   try {
-    once(arguments[1]);
-    cycles(arguments[1], std::atoi(arguments[2]));
+    once(arguments[1], backend);
+    cycles(arguments[1], std::atoi(arguments[2]), backend);
   } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';
     return 1;
