@@ -219,6 +219,9 @@ Exported read_export(const Json& json) {
   if (const auto batch = object.optional("batch")) {
     check_range(*batch);
   }
+  if (const auto buckets = object.optional("text_buckets")) {
+    list_of(*buckets, to_integer);  // the caller says which length it cut its conditioning to
+  }
   object.close();
   return exported;
 }

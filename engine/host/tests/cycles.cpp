@@ -1,6 +1,6 @@
 // Create, run, cancel, decode and destroy sessions, again and again: for valgrind and the
-// sanitizers. The bundle is opened and closed once, and once more around them: compiling graphs
-// takes most of the time there.
+// sanitizers. The bundle is opened once and one session is kept, so that graphs are compiled once:
+// that takes most of the time there.
 //
 // usage: cycles BUNDLE COUNT [BACKEND]
 
@@ -32,6 +32,7 @@ void use(Session& session) {
   session.decode_rgb();
 }
 
+<<<<<<< HEAD
 void once(const char* path, const char* backend) {
   const Bundle bundle(path);
   Session session = session_of(bundle, backend);
@@ -39,6 +40,9 @@ void once(const char* path, const char* backend) {
 }
 
 void cycles(const char* path, int count, const char* backend) {
+=======
+void cycles(const char* path, int count) {
+>>>>>>> host
   const Bundle bundle(path);
   Session kept = session_of(bundle, backend);  // what shares the compiled graphs
   use(kept);
@@ -57,8 +61,12 @@ int main(int count, char** arguments) {
   }
   const char* backend = count == 4 ? arguments[3] : "";
   try {
+<<<<<<< HEAD
     once(arguments[1], backend);
     cycles(arguments[1], std::atoi(arguments[2]), backend);
+=======
+    cycles(arguments[1], std::atoi(arguments[2]));
+>>>>>>> host
   } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';
     return 1;
