@@ -32,17 +32,7 @@ void use(Session& session) {
   session.decode_rgb();
 }
 
-<<<<<<< HEAD
-void once(const char* path, const char* backend) {
-  const Bundle bundle(path);
-  Session session = session_of(bundle, backend);
-  use(session);
-}
-
 void cycles(const char* path, int count, const char* backend) {
-=======
-void cycles(const char* path, int count) {
->>>>>>> host
   const Bundle bundle(path);
   Session kept = session_of(bundle, backend);  // what shares the compiled graphs
   use(kept);
@@ -61,12 +51,7 @@ int main(int count, char** arguments) {
   }
   const char* backend = count == 4 ? arguments[3] : "";
   try {
-<<<<<<< HEAD
-    once(arguments[1], backend);
     cycles(arguments[1], std::atoi(arguments[2]), backend);
-=======
-    cycles(arguments[1], std::atoi(arguments[2]));
->>>>>>> host
   } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';
     return 1;
