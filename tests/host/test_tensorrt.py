@@ -100,6 +100,25 @@ def test_without_a_driver_it_is_said_at_once(
     assert str(raised.value).startswith(NO_DRIVER)
 
 
+def test_a_library_of_other_headers_is_refused(
+    tensorrt_host: Host, tensorrt_library: NativeLibrary, flux: Subject
+) -> None:
+    """Such as TensorRT's headers with the library of RTX. The driver is one of our own."""
+    header = Path(os.environ["TENSORRT_ROOT"]) / "include" / "NvInferVersion.h"
+    flavour = flavour_of(tensorrt_library)
+    if ("define TRT_MAJOR_RTX " in header.read_text()) == (flavour == "tensorrt_rtx"):
+        pytest.skip("the library and the headers belong together here")
+    tests = tensorrt_host.build / "engine/host/tests"
+    done = subprocess.run(
+        [tests / "cycles", flux.bundle, "1", flavour],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tests / "fake_driver")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith(f"expected {flavour} ")
+    assert ", whose headers this was compiled with, found the library " in done.stderr
+
+
 def test_openvino_renders_beside_it(tensorrt_library: NativeLibrary, flux: Subject) -> None:
     """Where no backend is named, too: the first that runs here."""
     if "openvino" not in tensorrt_library.backends:
@@ -134,7 +153,7 @@ def test_clang_finds_nothing_to_warn_of(tensorrt_host: Host) -> None:
     if shutil.which("clang++") is None:
         pytest.skip("clang is not installed")
     headers = [str(Path(os.environ[name]) / "include") for name in ("TENSORRT_ROOT", "CUDA_PATH")]
-    for source in ("cuda.cpp", "library.cpp", "tensorrt_backend.cpp"):
+    for source in ("cuda.cpp", "device_tensor.cpp", "library.cpp", "tensorrt_backend.cpp"):
         command = [
             "clang++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow",
             "-Wconversion", "-Werror", "-DMEANCACHE_TRT_TENSORRT_FLAVOUR=\"tensorrt_rtx\"",

@@ -8,7 +8,7 @@
 
 #include "backend.hpp"
 #include "error.hpp"
-#include "tensorrt/cuda.hpp"
+#include "tensorrt/device_tensor.hpp"
 #include "tensorrt/library.hpp"
 
 namespace mct {
@@ -18,64 +18,6 @@ namespace {
 // Of the free memory, what weights and activations of a streamed engine may take: the rest is for
 // the tensors of a loop and for other engines.
 constexpr double streamed_share = 0.9;
-
-class DeviceTensor : public Tensor {
- public:
-  DeviceTensor(Shape shape, mct_dtype dtype, std::shared_ptr<Device> device,
-               std::shared_ptr<void> memory)
-      : Tensor(std::move(shape), dtype), device_(std::move(device)), memory_(std::move(memory)) {}
-
-  void* pointer() const { return memory_.get(); }
-
-  // Host memory is the caller's again when this returns.
-  void write(const void* source, mct_memory memory, Stream stream) override {
-    if (size_bytes() == 0) {
-      return;
-    }
-    device_->in_order(stream, [&](CUstream on) {
-      const CudaFunctions& cuda = device_->cuda();
-      if (memory == MCT_DEVICE) {
-        device_->check(
-            cuda.cuMemcpyDtoDAsync(address_of(pointer()), address_of(source), size_bytes(), on),
-            "copy on the GPU");
-        return;
-      }
-      device_->check(cuda.cuMemcpyHtoDAsync(address_of(pointer()), source, size_bytes(), on),
-                     "copy to the GPU");
-      device_->check(cuda.cuStreamSynchronize(on), "finish its work");
-    });
-  }
-
-  void read(void* target, mct_memory memory, Stream stream) const override {
-    if (size_bytes() == 0) {
-      return;
-    }
-    device_->in_order(stream, [&](CUstream on) {
-      const CudaFunctions& cuda = device_->cuda();
-      if (memory == MCT_DEVICE) {
-        device_->check(
-            cuda.cuMemcpyDtoDAsync(address_of(target), address_of(pointer()), size_bytes(), on),
-            "copy on the GPU");
-        return;
-      }
-      device_->check(cuda.cuMemcpyDtoHAsync(target, address_of(pointer()), size_bytes(), on),
-                     "copy from the GPU");
-      device_->check(cuda.cuStreamSynchronize(on), "finish its work");
-    });
-  }
-
-  TensorPtr view(Shape shape) const override {
-    return std::make_shared<DeviceTensor>(std::move(shape), dtype(), device_, memory_);
-  }
-
- private:
-  static CUdeviceptr address_of(const void* pointer) {
-    return reinterpret_cast<CUdeviceptr>(pointer);
-  }
-
-  std::shared_ptr<Device> device_;
-  std::shared_ptr<void> memory_;
-};
 
 // What everything of a runtime shares, and outlives it.
 struct Shared {
@@ -416,14 +358,7 @@ class TensorRtRuntime : public Runtime {
   }
 
   TensorPtr zeros(const Shape& shape, mct_dtype dtype) override {
-    Device& device = *shared_->device;
-    const std::size_t size = std::max(elements_of(shape) * bytes_of(dtype), std::size_t{1});
-    std::shared_ptr<void> memory = device.allocate(size);
-    const auto address = reinterpret_cast<CUdeviceptr>(memory.get());
-    device.in_order(nullptr, [&](CUstream on) {
-      device.check(device.cuda().cuMemsetD8Async(address, 0, size, on), "clear memory");
-    });
-    return std::make_shared<DeviceTensor>(shape, dtype, shared_->device, std::move(memory));
+    return DeviceTensor::zeros(shared_->device, shape, dtype);
   }
 
   CallPtr sequence(std::vector<CallPtr> calls) override {

@@ -3,7 +3,7 @@
 #include <dlfcn.h>
 
 #include "check.hpp"
-#include "tensorrt/cuda.hpp"
+#include "tensorrt/device_tensor.hpp"
 
 namespace {
 
@@ -33,7 +33,9 @@ class Driver {
     function<CUresult(CUstream*, unsigned)>("cuStreamCreate")(&made, 0);
     return made;
   }
-  void destroy(CUstream stream) const { function<CUresult(CUstream)>("cuStreamDestroy_v2")(stream); }
+  void destroy(CUstream stream) const {
+    function<CUresult(CUstream)>("cuStreamDestroy_v2")(stream);
+  }
 
  private:
   template <class Signature>
@@ -136,6 +138,37 @@ void memory_is_freed_when_nothing_uses_it(const Driver& driver) {
   expect(driver.log() == "synchronize ", "waits first");
 }
 
+void tensors_are_written_and_read_from_both_sides(const Driver& driver) {
+  const auto device = std::make_shared<Device>(0);
+  const auto tensor = mct::DeviceTensor::zeros(device, {2, 2}, MCT_FLOAT32);
+  const auto values_of = [](const mct::Tensor& read) {
+    std::vector<float> values(4, -1);
+    read.read(values.data(), MCT_HOST, nullptr);
+    return values;
+  };
+  expect(values_of(*tensor) == std::vector<float>(4), "zeros at first");
+  const std::vector<float> values = {1, 2, 3, 4};
+  driver.log();
+  tensor->write(values.data(), MCT_HOST, nullptr);
+  expect(driver.log() == "copy mark ", "a copy in order");
+  expect(values_of(*tensor) == values, "what was written");
+  const auto other = mct::DeviceTensor::zeros(device, {4}, MCT_FLOAT32);
+  other->write(tensor->pointer(), MCT_DEVICE, nullptr);
+  expect(values_of(*other) == values, "from device memory");
+  const auto third = mct::DeviceTensor::zeros(device, {4}, MCT_FLOAT32);
+  other->read(third->pointer(), MCT_DEVICE, nullptr);
+  expect(values_of(*third) == values, "to device memory");
+  const mct::TensorPtr view = third->view({2, 2});
+  expect(view->shape() == mct::Shape({2, 2}) && values_of(*view) == values, "the same memory");
+  const auto empty = mct::DeviceTensor::zeros(device, {0, 4}, MCT_FLOAT32);
+  empty->write(nullptr, MCT_HOST, nullptr);
+  expect(empty->pointer() != nullptr, "has an address for nothing");
+  for (const char* name : {"cuMemcpyHtoDAsync", "cuStreamSynchronize"}) {
+    driver.fail(name, CUDA_ERROR_LAUNCH_FAILED);
+    expect_error([&] { tensor->write(values.data(), MCT_HOST, nullptr); }, "CUDA could not ");
+  }
+}
+
 void every_status_is_an_error(const Driver& driver) {
   const auto device = std::make_shared<Device>(0);
   driver.fail("cuEventSynchronize", CUDA_ERROR_LAUNCH_FAILED);
@@ -163,6 +196,7 @@ int main() {
   captured_work_is_replayed_on_any_stream(driver);
   a_capture_that_fails_leaves_the_stream_usable(driver);
   memory_is_freed_when_nothing_uses_it(driver);
+  tensors_are_written_and_read_from_both_sides(driver);
   every_status_is_an_error(driver);
   for (const char* kind : {"memory", "stream", "graph", "executable"}) {
     expect(driver.live(kind) == 0, std::string("no leak of a ") + kind);
