@@ -114,14 +114,18 @@ class Runtime {
   // Calls that always run in this order, as one (a CUDA graph where there is one).
   virtual CallPtr sequence(std::vector<CallPtr> calls);
   virtual void synchronize(Stream stream) = 0;
+  // Throws where it lacks what a render of the bundle needs; asked where the choice is left to us.
+  virtual void check(const Bundle& /*bundle*/) const {}
 };
 
 // The backends that this library was compiled with, in the order in which they are tried.
 std::string backend_names();
 
 // Open a backend; an empty name is the first that runs here. Throws an input error for an unknown
-// name, a runtime-unavailable error where it cannot run here or was left out.
-std::shared_ptr<Runtime> open_runtime(const std::string& backend, const RuntimeOptions& options);
+// name, a runtime-unavailable error where it cannot run here or was left out. It will load graphs
+// of the bundle alone.
+std::shared_ptr<Runtime> open_runtime(const std::string& backend, const RuntimeOptions& options,
+                                      const Bundle& bundle);
 
 }  // namespace mct
 

@@ -8,23 +8,23 @@
 namespace mct {
 
 #if defined(MEANCACHE_TRT_HAS_OPENVINO)
-std::shared_ptr<Runtime> open_openvino(const RuntimeOptions& options);
+std::shared_ptr<Runtime> open_openvino(const RuntimeOptions& options, const Bundle& bundle);
 #endif
 #if defined(MEANCACHE_TRT_HAS_TENSORRT)
-std::shared_ptr<Runtime> open_tensorrt(const RuntimeOptions& options);
+std::shared_ptr<Runtime> open_tensorrt(const RuntimeOptions& options, const Bundle& bundle);
 #endif
 
 namespace {
 
 struct Backend {
   std::string name;
-  std::function<std::shared_ptr<Runtime>(const RuntimeOptions&)> open;
+  std::function<std::shared_ptr<Runtime>(const RuntimeOptions&, const Bundle&)> open;
 };
 
 const std::vector<Backend>& backends() {
   static const std::vector<Backend> table = {
 #if defined(MEANCACHE_TRT_HAS_TENSORRT)
-      {"tensorrt", open_tensorrt},
+      {MEANCACHE_TRT_TENSORRT_FLAVOUR, open_tensorrt},
 #endif
 #if defined(MEANCACHE_TRT_HAS_OPENVINO)
       {"openvino", open_openvino},
@@ -33,11 +33,13 @@ const std::vector<Backend>& backends() {
   return table;
 }
 
-std::shared_ptr<Runtime> open_first(const RuntimeOptions& options) {
+std::shared_ptr<Runtime> open_first(const RuntimeOptions& options, const Bundle& bundle) {
   std::string reasons;
   for (const Backend& backend : backends()) {
     try {
-      return backend.open(options);
+      std::shared_ptr<Runtime> runtime = backend.open(options, bundle);
+      runtime->check(bundle);
+      return runtime;
     } catch (const Error& error) {
       reasons += "; " + backend.name + ": " + error.what();
     }
@@ -107,13 +109,14 @@ std::string backend_names() {
   return names;
 }
 
-std::shared_ptr<Runtime> open_runtime(const std::string& name, const RuntimeOptions& options) {
+std::shared_ptr<Runtime> open_runtime(const std::string& name, const RuntimeOptions& options,
+                                      const Bundle& bundle) {
   if (name.empty()) {
-    return open_first(options);
+    return open_first(options, bundle);
   }
   for (const Backend& backend : backends()) {
     if (backend.name == name) {
-      return backend.open(options);
+      return backend.open(options, bundle);
     }
   }
   const std::string known = backend_names();

@@ -102,17 +102,6 @@ State state_of(const fs::path& path) {
           nanoseconds(status.st_ctim)};
 }
 
-// As platformdirs has it on Linux: a relative XDG_CACHE_HOME counts as none.
-fs::path cache_directory() {
-  const char* chosen = std::getenv("XDG_CACHE_HOME");
-  if (chosen != nullptr && chosen[0] == '/') {
-    return fs::path(chosen) / "meancache-trt";
-  }
-  const char* home = std::getenv("HOME");
-  return home != nullptr && home[0] == '/' ? fs::path(home) / ".cache" / "meancache-trt"
-                                           : fs::path();
-}
-
 std::string known_digest(const fs::path& record, const State& state) {
   try {
     const JsonValue root = parse_json(read_file(record));
@@ -148,26 +137,37 @@ std::string record_text(const fs::path& path, const State& state, const std::str
          "\n ],\n \"sha256\": \"" + digest + "\"\n}\n";
 }
 
-// A cache that cannot be written is no error.
-void keep_record(const fs::path& record, const std::string& content) {
+}  // namespace
+
+fs::path cache_directory() {
+  const char* chosen = std::getenv("XDG_CACHE_HOME");
+  if (chosen != nullptr && chosen[0] == '/') {
+    return fs::path(chosen) / "meancache-trt";
+  }
+  const char* home = std::getenv("HOME");
+  return home != nullptr && home[0] == '/' ? fs::path(home) / ".cache" / "meancache-trt"
+                                           : fs::path();
+}
+
+bool keep_file(const fs::path& path, std::string_view content) {
   std::error_code ignored;
-  fs::create_directories(record.parent_path(), ignored);
+  fs::create_directories(path.parent_path(), ignored);
   std::string name =
-      (record.parent_path() / ("." + record.filename().string() + ".XXXXXX")).string();
+      (path.parent_path() / ("." + path.filename().string() + ".XXXXXX")).string();
   const int handle = ::mkstemp(name.data());
   if (handle < 0) {
-    return;
+    return false;
   }
   const bool is_written =
       ::write(handle, content.data(), content.size()) == static_cast<ssize_t>(content.size()) &&
       ::fchmod(handle, 0644) == 0 && ::fsync(handle) == 0;
   ::close(handle);
-  if (!is_written || ::rename(name.c_str(), record.c_str()) != 0) {
+  if (!is_written || ::rename(name.c_str(), path.c_str()) != 0) {
     ::unlink(name.c_str());
+    return false;
   }
+  return true;
 }
-
-}  // namespace
 
 std::string read_file(const fs::path& path) {
   try {
@@ -219,7 +219,7 @@ std::string verified_sha256(const fs::path& path) {
   }
   const std::string found = sha256_of(path);
   std::error_code ignored;
-  keep_record(record, record_text(fs::canonical(path, ignored), state, found));
+  keep_file(record, record_text(fs::canonical(path, ignored), state, found));
   return found;
 }
 

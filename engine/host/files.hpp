@@ -24,6 +24,14 @@ std::string sha256_of(const std::filesystem::path& path);
 // (meancache/hashing.py). Throws std::system_error where the file cannot be read.
 std::string verified_sha256(const std::filesystem::path& path);
 
+// The user's cache directory of this project, as platformdirs has it on Linux: a relative
+// XDG_CACHE_HOME counts as none. Empty where there is none.
+std::filesystem::path cache_directory();
+
+// Replace a file of a cache at once; its folder is made. False where it cannot be written, which is
+// no error for a cache.
+bool keep_file(const std::filesystem::path& path, std::string_view content);
+
 // A system error's text alone, as Python's strerror.
 std::string reason_of(const std::system_error& error);
 

@@ -21,7 +21,7 @@ std::shared_ptr<Graphs> SharedBundle::graphs(const std::string& backend,
   const std::lock_guard<std::mutex> lock(mutex_);
   std::shared_ptr<Graphs> graphs = opened_[{backend, options}].lock();
   if (!graphs) {
-    std::shared_ptr<Runtime> runtime = open_runtime(backend, options);
+    std::shared_ptr<Runtime> runtime = open_runtime(backend, options, *bundle_);
     const std::string name = runtime->name();
     graphs = opened_[{name, options}].lock();
     if (!graphs) {

@@ -51,6 +51,7 @@ using Tensors = std::map<std::string, TensorRecord>;
 
 struct WeightFile {
   std::string path;
+  std::string sha256;
   bool is_linked = false;
 };
 

@@ -68,7 +68,7 @@ WeightFile read_weights(const Json& json) {
   WeightFile file;
   file.path = object.required("path").text();
   object.required("size_bytes").integer();
-  object.required("sha256").text();
+  file.sha256 = object.required("sha256").text();
   file.is_linked = object.required("is_linked").boolean();
   object.close();
   return file;
@@ -218,6 +218,9 @@ Exported read_export(const Json& json) {
   }
   if (const auto batch = object.optional("batch")) {
     check_range(*batch);
+  }
+  if (const auto buckets = object.optional("text_buckets")) {
+    list_of(*buckets, to_integer);  // the caller says which length it cut its conditioning to
   }
   object.close();
   return exported;

@@ -239,7 +239,7 @@ void check_count(const char* what, int found, int least) {
 
 }  // namespace
 
-std::shared_ptr<Runtime> open_openvino(const RuntimeOptions& options) {
+std::shared_ptr<Runtime> open_openvino(const RuntimeOptions& options, const Bundle& /*bundle*/) {
   check_count("threads are 0 (all)", options.threads, 0);
   check_count("concurrency is 1", options.concurrency, 1);
   try {

@@ -139,6 +139,12 @@ class Selection {
   const Resolution& resolution_;
 };
 
+// What schedules may be calibrated in, and networks run in, whichever it is of either; measured in
+// docs/proof/precision-transfer.json (meancache/schedule.py).
+bool is_interchangeable(const std::string& precision) {
+  return precision == "float32" || precision == "bfloat16" || precision == "float16";
+}
+
 // Throws where a schedule is of another family, checkpoint or precision.
 void check_origin(const Schedule& schedule, const Exported& exported,
                   const std::string& precision) {
@@ -154,10 +160,11 @@ void check_origin(const Schedule& schedule, const Exported& exported,
                   repr_of(exported.model_name) + " (digest " + exported.model_digest.substr(0, 12) +
                   "); calibrate on this checkpoint");
   }
-  if (schedule.is_calibrated && schedule.precision != precision) {
+  const bool is_known = is_interchangeable(schedule.precision) && is_interchangeable(precision);
+  if (schedule.is_calibrated && schedule.precision != precision && !is_known) {
     fail_schedule("schedule " + repr_of(schedule.name) + " was calibrated in " +
-                  schedule.precision + ", this bundle's network is " + precision +
-                  "; calibrate in " + precision);
+                  schedule.precision + ", this network is " + precision + "; calibrate in " +
+                  precision);
   }
 }
 

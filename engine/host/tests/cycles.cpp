@@ -2,7 +2,7 @@
 // sanitizers. The bundle is opened once and one session is kept, so that graphs are compiled once:
 // that takes most of the time there.
 //
-// usage: cycles BUNDLE COUNT
+// usage: cycles BUNDLE COUNT [BACKEND]
 
 #include <cstdlib>
 #include <fstream>
@@ -16,9 +16,10 @@ namespace {
 using meancache_trt::Bundle;
 using meancache_trt::Session;
 
-Session session_of(const Bundle& bundle) {
+Session session_of(const Bundle& bundle, const char* backend) {
   meancache_trt::SessionOptions options;
   options.threads = 1;
+  options.backend = backend;
   return Session(bundle, options);
 }
 
@@ -33,12 +34,12 @@ void use(Session& session) {
   session.decode_rgb();
 }
 
-void cycles(const char* path, int count) {
+void cycles(const char* path, int count, const char* backend) {
   const Bundle bundle(path);
-  Session kept = session_of(bundle);  // what shares the compiled graphs
+  Session kept = session_of(bundle, backend);  // what shares the compiled graphs
   use(kept);
   for (; count > 0; --count) {
-    Session session = session_of(bundle);
+    Session session = session_of(bundle, backend);
     use(session);
   }
 }
@@ -56,12 +57,13 @@ void show_peak() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 3) {
-    std::cerr << "usage: cycles BUNDLE COUNT\n";
+  if (count != 3 && count != 4) {
+    std::cerr << "usage: cycles BUNDLE COUNT [BACKEND]\n";
     return 2;
   }
+  const char* backend = count == 4 ? arguments[3] : "";
   try {
-    cycles(arguments[1], std::atoi(arguments[2]));
+    cycles(arguments[1], std::atoi(arguments[2]), backend);
     show_peak();
   } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';
