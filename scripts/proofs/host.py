@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 from scripts.host.building import ROOT, build, build_host, run
+from scripts.host.first_image import peak_bytes
 from scripts.host.idle_runtime import idle_loop
 from scripts.host.memory import valgrind
 from scripts.host.mutations import copied, mutate
@@ -47,30 +47,32 @@ HOST, FUZZ = ROOT / "build" / "host", ROOT / "build" / "fuzz"
 LIBRARY = HOST / "prefix" / "lib" / "libmeancache_trt.so"
 PROMPT = "a small red circle at the top left"
 NODES, SPANS = (0, 1, 3, 7, 14, 21, 28, 35, 42, 49), (1, 2, 1, 1, 1, 1, 1, 1, 4)
-FIRST_IMAGE = ("python", "native")
 
 
 def main() -> None:
-    """Run all measurements, or one of those that need a process of their own."""
+    """Run all measurements, or the parts that are named, and add them to the record."""
     options = _options()
     if options.worker is not None:
-        _WORKERS[options.worker](options)
+        _mutations(options.worker, options.mutations)
         return
     build_host(HOST)
+    target = ROOT / "docs" / "proof" / "host.json"
+    record = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     with tempfile.TemporaryDirectory() as work:
         bundle = _bundle(Path(work))
-        record = {
-            "machine": {"cores": len(os.sched_getaffinity(0)), "backend": _backend(bundle)},
-            "valgrind": _valgrind(_tiny_bundle(Path(work)), options.cycles),
-            "mutated_bundles": _worker("mutations", bundle, options),
-            "fuzzers": _fuzzers(bundle, options.fuzz_seconds),
-            "loop_us_per_evaluation": _loop(options.rounds),
-            "standin_ms_per_evaluation": _standin(bundle, options.rounds),
-            "first_image": {name: _worker(name, bundle, options) for name in FIRST_IMAGE},
-            "library_bytes": LIBRARY.resolve().stat().st_size,
+        parts: dict[str, Callable[[], Any]] = {
+            "machine": lambda: {"cores": len(os.sched_getaffinity(0)), "backend": _backend(bundle)},
+            "valgrind": lambda: _valgrind(_tiny_bundle(Path(work)), options.cycles),
+            "mutated_bundles": lambda: _mutated(bundle, options.mutations),
+            "fuzzers": lambda: _fuzzers(bundle, options.fuzz_seconds),
+            "loop_us_per_evaluation": lambda: _loop(options.rounds),
+            "standin_ms_per_evaluation": lambda: _standin(bundle, options.rounds),
+            "first_image": lambda: _first_image(bundle, 5),
+            "library_bytes": lambda: LIBRARY.resolve().stat().st_size,
         }
-    target = ROOT / "docs" / "proof" / "host.json"
-    target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for name in options.parts or parts:
+            record[name] = parts[name]()
+            target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=1))
     faults = record["valgrind"]["status"] or record["mutated_bundles"]["accepted"]
     crashes = [entry for entry in record["fuzzers"].values() if entry["crashes"]]
@@ -83,8 +85,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mutations", type=int, default=1000, help="damaged bundles")
     parser.add_argument("--fuzz-seconds", type=int, default=60, help="for each fuzzer")
     parser.add_argument("--rounds", type=int, default=15, help="timed repetitions of each")
-    parser.add_argument("--worker", choices=[*_WORKERS], help=argparse.SUPPRESS)
-    parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="*", help="measure only these members of the record")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -214,19 +216,18 @@ def _standin(path: Path, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _worker(name: str, bundle: Path, options: argparse.Namespace) -> Any:
-    """Run one of `_WORKERS` in a process of its own: a crash would be its exit status."""
-    command = [sys.executable, __file__, "--worker", name, "--bundle", str(bundle)]
-    command += ["--mutations", str(options.mutations)]
+def _mutated(bundle: Path, count: int) -> Any:
+    """Open damaged bundles, in a process of its own: a crash would be its exit status."""
+    command = [sys.executable, __file__, "--worker", str(bundle), "--mutations", str(count)]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def _mutations(options: argparse.Namespace) -> None:
+def _mutations(bundle: Path, count: int) -> None:
     chance, accepted = random.Random(0), []
     library = NativeLibrary(LIBRARY)
-    target = options.bundle.with_name("mutated.mcb")
-    for _ in range(options.mutations):
-        copied(options.bundle, target)
+    target = bundle.with_name("mutated.mcb")
+    for _ in range(count):
+        copied(bundle, target)
         what = mutate(target, chance)
         try:
             NativeBundle(target, library=library).close()
@@ -234,53 +235,23 @@ def _mutations(options: argparse.Namespace) -> None:
         except MeanCacheError:
             pass
         shutil.rmtree(target)
-    print(json.dumps({"count": options.mutations, "accepted": accepted}))
+    print(json.dumps({"count": count, "accepted": accepted}))
 
 
-def _native_image(options: argparse.Namespace) -> None:
-    prompt = Conditioning.load(_prompt(options.bundle))
-    library = NativeLibrary(LIBRARY)
-    start = time.perf_counter()
-    with (
-        NativeBundle(options.bundle, library=library) as bundle,
-        bundle.session("b10", threads=1) as session,
-    ):
-        session.set_conditioning(prompt.tensors)
-        session.run(seeds=[0])
-        session.decode_rgb()
-        seconds = time.perf_counter() - start
-    _print_image(seconds, _program_peak(options.bundle))
-
-
-def _python_image(options: argparse.Namespace) -> None:
-    prompt = Conditioning.load(_prompt(options.bundle))
-    start = time.perf_counter()
-    with Pipeline(Bundle.open(options.bundle), threads=1) as pipeline:
-        _ = pipeline.render(prompt, schedule="b10")[0].image
-        seconds = time.perf_counter() - start
-    _print_image(seconds, _peak_bytes())
-
-
-def _print_image(seconds: float, peak_bytes: int) -> None:
-    print(json.dumps({"open_to_first_image_s": seconds, "peak_bytes": peak_bytes}))
-
-
-def _peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _program_peak(bundle: Path) -> int:
-    """Peak memory of a C++ program with one session, without Python around it."""
-    child = subprocess.Popen([HOST / "engine/host/tests/cycles", bundle, "1"])
-    _, _, usage = os.wait4(child.pid, 0)
-    return 1024 * usage.ru_maxrss
-
-
-_WORKERS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "mutations": _mutations,
-    "native": _native_image,
-    "python": _python_image,
-}
+def _first_image(bundle: Path, rounds: int) -> dict[str, Any]:
+    """Medians over processes that alternate; the C++ program's peak is without Python around it."""
+    script = ROOT / "scripts" / "host" / "first_image.py"
+    found: dict[str, list[dict[str, float]]] = {"native": [], "python": []}
+    for _ in range(rounds):
+        for name, measured in found.items():
+            out = run(sys.executable, script, name, bundle, _prompt(bundle), LIBRARY)
+            measured.append(json.loads(out))
+    medians: dict[str, Any] = {
+        name: {key: statistics.median(entry[key] for entry in entries) for key in entries[0]}
+        for name, entries in found.items()
+    }
+    program = run(HOST / "engine/host/tests/cycles", bundle, "0")
+    return {**medians, "cpp_program_peak_bytes": peak_bytes(program)}
 
 
 if __name__ == "__main__":

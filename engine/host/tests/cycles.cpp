@@ -5,7 +5,9 @@
 // usage: cycles BUNDLE COUNT [BACKEND]
 
 #include <cstdlib>
+#include <fstream>
 #include <iostream>
+#include <string>
 
 #include "meancache_trt.hpp"
 
@@ -42,6 +44,16 @@ void cycles(const char* path, int count, const char* backend) {
   }
 }
 
+// Prints the line of the peak of resident memory.
+void show_peak() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.rfind("VmHWM", 0) == 0) {
+      std::cout << line << '\n';
+    }
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -52,6 +64,7 @@ int main(int count, char** arguments) {
   const char* backend = count == 4 ? arguments[3] : "";
   try {
     cycles(arguments[1], std::atoi(arguments[2]), backend);
+    show_peak();
   } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';
     return 1;
