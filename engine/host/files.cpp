@@ -152,8 +152,7 @@ fs::path cache_directory() {
 bool keep_file(const fs::path& path, std::string_view content) {
   std::error_code ignored;
   fs::create_directories(path.parent_path(), ignored);
-  std::string name =
-      (path.parent_path() / ("." + path.filename().string() + ".XXXXXX")).string();
+  std::string name = (path.parent_path() / ("." + path.filename().string() + ".XXXXXX")).string();
   const int handle = ::mkstemp(name.data());
   if (handle < 0) {
     return false;
