@@ -10,10 +10,10 @@ if(BUILD_SHARED_LIBS)
 endif()
 
 if(SKBUILD)
-  # Inside a Python package the OpenVINO of a wheel is beside it.
+  # Inside a Python package the libraries of other wheels are beside it.
   set_target_properties(meancache_trt PROPERTIES
     INSTALL_RPATH_USE_LINK_PATH OFF
-    INSTALL_RPATH "$ORIGIN/../openvino/libs")
+    INSTALL_RPATH "$ORIGIN/../openvino/libs;$ORIGIN/../tensorrt_libs;$ORIGIN/../tensorrt_rtx_libs")
   install(TARGETS meancache_trt LIBRARY DESTINATION meancache_trt)
   return()
 endif()

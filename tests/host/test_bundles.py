@@ -132,7 +132,7 @@ def test_weights_are_hashed_once_for_both_hosts(
     assert hashing.verified_sha256(path) == recorded
     assert hashed == [path]
     status = path.stat()
-    record = hashing._record_path(status.st_dev, status.st_ino)
+    record = hashing._record_path(status)
     known = json.loads(record.read_bytes())
     record.write_text(json.dumps({**known, "sha256": "f" * 64}))
     with pytest.raises(BundleError, match=r"was altered.*found ffffffffffffffff"):

@@ -8,28 +8,35 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <set>
 #include <string>
 #include <vector>
 
+// Something on a stream: its name in the log, and what it does.
+struct Work {
+  std::string name;
+  std::function<void()> run;
+};
+
 struct CUstream_st {
   bool is_capturing = false;
-  std::vector<std::string> captured;
+  std::vector<Work> captured;
 };
 struct CUevent_st {};
 struct CUctx_st {};
 struct CUgraph_st {
-  std::vector<std::string> work;
+  std::vector<Work> work;
 };
 struct CUgraphExec_st {
-  std::vector<std::string> work;
+  std::vector<Work> work;
 };
 
 namespace {
 
 CUctx_st primary;
-std::vector<CUcontext> current;  // of the one thread that tests use
+thread_local std::vector<CUcontext> current;
 std::set<CUstream> streams;
 std::map<std::string, int> live;
 std::map<std::string, CUresult> failures;  // by function, for its next call
@@ -59,11 +66,14 @@ CUresult checked(const char* name, bool is_legal_in_capture = true) {
                                                 : CUDA_SUCCESS;
 }
 
-void note(CUstream stream, const std::string& work) {
+void put(CUstream stream, const std::string& name, const std::function<void()>& run = nullptr) {
   if (stream->is_capturing) {
-    stream->captured.push_back(work);
-  } else {
-    log_text += work + " ";
+    stream->captured.push_back({name, run});
+    return;
+  }
+  log_text += name + " ";
+  if (run) {
+    run();
   }
 }
 
@@ -72,7 +82,7 @@ CUresult copy(const char* name, CUstream stream, void* target, const void* sourc
   const CUresult status = checked(name);
   if (status == CUDA_SUCCESS) {
     std::memcpy(target, source, size);
-    note(stream, "copy");
+    put(stream, "copy");
   }
   return status;
 }
@@ -86,7 +96,11 @@ const char* fake_log() { return log_text.c_str(); }
 void fake_forget() { log_text.clear(); }
 void fake_fail(const char* name, int status) { failures[name] = static_cast<CUresult>(status); }
 int fake_live(const char* kind) { return kind == nullptr ? retained : live[kind]; }
-void fake_work(CUstream stream, const char* name) { note(stream, name); }
+void fake_work(CUstream stream, const char* name) { put(stream, name); }
+bool fake_is_capturing(CUstream stream) { return stream->is_capturing; }
+void fake_run(CUstream stream, const char* name, const std::function<void()>* run) {
+  put(stream, name, *run);
+}
 
 CUresult cuInit(unsigned) {
   const auto failure = failures.find("cuInit");
@@ -181,7 +195,7 @@ CUresult cuStreamSynchronize(CUstream) { return checked("cuStreamSynchronize", f
 CUresult cuStreamWaitEvent(CUstream stream, CUevent, unsigned) {
   const CUresult status = checked("cuStreamWaitEvent");
   if (status == CUDA_SUCCESS) {
-    note(stream, "wait");
+    put(stream, "wait");
   }
   return status;
 }
@@ -196,7 +210,7 @@ CUresult cuEventDestroy(CUevent event) {
 CUresult cuEventRecord(CUevent, CUstream stream) {
   const CUresult status = checked("cuEventRecord");
   if (status == CUDA_SUCCESS) {
-    note(stream, "mark");
+    put(stream, "mark");
   }
   return status;
 }
@@ -231,11 +245,17 @@ CUresult cuGraphDestroy(CUgraph graph) {
 CUresult cuGraphLaunch(CUgraphExec native, CUstream stream) {
   const CUresult status = checked("cuGraphLaunch");
   if (status == CUDA_SUCCESS) {
-    std::string work = "launch(";
-    for (const std::string& part : native->work) {
-      work += part;
+    std::string name = "launch(";
+    for (const Work& part : native->work) {
+      name += part.name;
     }
-    note(stream, work + ")");
+    put(stream, name + ")", [work = native->work] {
+      for (const Work& part : work) {
+        if (part.run) {
+          part.run();
+        }
+      }
+    });
   }
   return status;
 }
