@@ -5,14 +5,22 @@ include(CMakePackageConfigHelpers)
 set(package_folder ${CMAKE_INSTALL_LIBDIR}/cmake/meancache_trt)
 if(BUILD_SHARED_LIBS)
   # Backends that are not on the linker's usual path, such as the OpenVINO of a wheel, are found
-  # where they were at build time.
-  set_target_properties(meancache_trt PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+  # where they were at build time. INSTALL_RPATH_USE_LINK_PATH would leave out what lies in the
+  # checkout, as .venv does.
+  set(backend_folders "")
+  if(TARGET openvino::runtime)
+    list(APPEND backend_folders $<TARGET_FILE_DIR:openvino::runtime>)
+  endif()
+  if(TensorRT_FLAVOUR)
+    get_filename_component(folder ${TensorRT_LIBRARY} DIRECTORY)
+    list(APPEND backend_folders ${folder})
+  endif()
+  set_target_properties(meancache_trt PROPERTIES INSTALL_RPATH "${backend_folders}")
 endif()
 
 if(SKBUILD)
   # Inside a Python package the libraries of other wheels are beside it.
   set_target_properties(meancache_trt PROPERTIES
-    INSTALL_RPATH_USE_LINK_PATH OFF
     INSTALL_RPATH "$ORIGIN/../openvino/libs;$ORIGIN/../tensorrt_libs;$ORIGIN/../tensorrt_rtx_libs")
   install(TARGETS meancache_trt LIBRARY DESTINATION meancache_trt)
   return()

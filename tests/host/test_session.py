@@ -224,7 +224,7 @@ MODEL = {"name": "another", "digest": "0" * 64}
 FILES: list[tuple[str, dict[str, Any]]] = [
     ("another family", calibrated(family="qwen_image")),
     ("another checkpoint", calibrated(model=MODEL)),
-    ("another precision", calibrated(precision="bfloat16")),
+    ("another precision", calibrated(precision="float8")),
     ("another grid", calibrated(shift=1.5)),
     ("another guidance scale", calibrated(guidance_scale=2.0)),
     ("another guidance range", calibrated(guidance_scale=None, guidance_range=[4.0, 6.5])),
