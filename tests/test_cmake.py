@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from scripts.host.building import ROOT, missing
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -19,11 +17,9 @@ def run(*command: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def tools() -> None:
-    for tool in ("cmake", "ctest"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no C++ compiler is installed")
+    lacking = missing()
+    if lacking:
+        pytest.skip(f"the C++ host needs {', '.join(lacking)}; scripts/install says how")
 
 
 @pytest.mark.usefixtures("tools")

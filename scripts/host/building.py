@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 JOBS = "2"
+TOOLS = ("cmake", "ctest", "ninja", "c++")
+HEADERS = {
+    "nlohmann/json.hpp": "nlohmann-json3-dev",
+    "openssl/evp.h": "libssl-dev",
+    "png.h": "libpng-dev",
+}
+"""What is compiled against, and the Debian package that has it."""
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -19,6 +28,19 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
     if done.returncode:
         raise RuntimeError(f"{command}\n{done.stdout}\n{done.stderr}")
     return done.stdout
+
+
+def missing() -> list[str]:
+    """Tools and Debian packages that the host cannot be built without and that are not here."""
+    tools = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if "c++" in tools:
+        return tools
+    return tools + [package for header, package in HEADERS.items() if not _is_found(header)]
+
+
+def _is_found(header: str) -> bool:
+    command = ["c++", "-x", "c++", "-fsyntax-only", "-include", header, os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def openvino_folder() -> Path | None:

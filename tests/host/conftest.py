@@ -6,7 +6,6 @@ The build folder is build/host in the checkout, so that a second run compiles wh
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from numpy.typing import NDArray
-from scripts.host.building import ROOT, build, build_host, openvino_folder
+from scripts.host.building import ROOT, build, build_host, missing, openvino_folder
 
 from meancache_trt import build as stages
 from meancache_trt.bundle import Bundle
@@ -49,11 +48,9 @@ class Host:
 
 def require_tools() -> None:
     """Skip where there is nothing to build with, saying what is missing."""
-    for tool in ("cmake", "ctest", "ninja"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"the C++ host needs {tool}; it is in the dev extra")
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("the C++ host needs a C++ compiler, found none")
+    lacking = missing()
+    if lacking:
+        pytest.skip(f"the C++ host needs {', '.join(lacking)}; scripts/install says how")
 
 
 @pytest.fixture(scope="session")
