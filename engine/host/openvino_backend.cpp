@@ -1,6 +1,5 @@
-// OpenVINO on the CPU. Graphs are compiled for the shapes that they are bound to, once each: that
-// took a quarter off a call of the FLUX stand-in against dynamic shapes. Calls run in place and are
-// done when they return.
+// OpenVINO on the CPU. Graphs are compiled for the shapes that they are bound to, once each, since
+// calls with dynamic shapes take longer. Calls run in place and are done when they return.
 
 #include <cstdlib>
 #include <cstring>

@@ -233,11 +233,6 @@ class PlanStore:
         return path
 
 
-def profile_text(profile: Mapping[str, object]) -> str:
-    """A profile for a message."""
-    return ", ".join(f"{name} {shapes}" for name, shapes in profile.items())
-
-
 def _made_by(record: PlanRecord) -> tuple[str, str, str]:
     return record.key.graph, record.key.flavour, record.key.version
 

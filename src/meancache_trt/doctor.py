@@ -31,7 +31,7 @@ from meancache_trt.meancache.sigmas import SigmaGrid
 from meancache_trt.selection import check_grid, find_schedule, pipeline_grid
 
 PACKAGES = (
-    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-core", "cuda-python"),
+    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python"),
     *("torch", "diffusers", "transformers", "tokenizers", "onnx", "numpy"),
 )
 

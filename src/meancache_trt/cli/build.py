@@ -59,9 +59,10 @@ def build(
 ) -> None:
     """Make a bundle from a diffusers checkpoint: export, calibrate, bake, plan.
 
-    MODEL is a diffusers folder, a hub id, or standin/flux or standin/qwen_image, small models that
-    come with the package. Stages that are finished are not done again. What is recorded for
-    calibration goes to OUTPUT.calibration beside the bundle and can be deleted afterwards.
+    MODEL is a diffusers folder, a hub id, or standin/flux, standin/qwen_image or
+    standin/hunyuan_video, small models that come with the package. Stages that are finished are not
+    done again. What is recorded for calibration goes to OUTPUT.calibration beside the bundle and
+    can be deleted afterwards.
 
     Of several resolutions the first is calibrated; the command again, with another one first, adds
     schedules for that one, called bN-WIDTHxHEIGHT.
