@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from meancache_trt.bundle import Bundle
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.meancache.schedule import bake
-from meancache_trt.render import Pipeline, Rendering
+from meancache_trt.render import Pipeline
+from meancache_trt.rendering import Rendering
 from meancache_trt.shapes import Range
 from meancache_trt.text_length import cut_to_bucket
 from tests.export.families import TEXT_TOKENS, TinyExport, shared_export

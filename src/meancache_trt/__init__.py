@@ -14,7 +14,8 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import MeanCacheError
 from meancache_trt.meancache.schedule import Schedule, bake, load_schedule, save_schedule
-from meancache_trt.render import Pipeline, Rendering, load
+from meancache_trt.render import Pipeline, load
+from meancache_trt.rendering import Rendering
 
 __version__ = "0.1.0"
 

@@ -22,7 +22,8 @@ from meancache_trt.meancache.runtime import Graph
 from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.measured import measure
 from meancache_trt.record import Note, RecordOptions, Report
-from meancache_trt.render import Pipeline, Rendering
+from meancache_trt.render import Pipeline
+from meancache_trt.rendering import Rendering
 from meancache_trt.session import Session
 from meancache_trt.standins import DEMO_PROMPTS
 

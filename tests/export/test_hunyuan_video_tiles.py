@@ -21,7 +21,8 @@ from meancache_trt.export.tiles import space_axes
 from meancache_trt.manifest import Tiling
 from meancache_trt.meancache.noise import torch_normal
 from meancache_trt.meancache.schedule import bake
-from meancache_trt.render import Pipeline, Rendering
+from meancache_trt.render import Pipeline
+from meancache_trt.rendering import Rendering
 from meancache_trt.tiling import levels
 from tests.export.tiny_hunyuan_video import tiny_pipeline
 

@@ -23,7 +23,8 @@ from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.schedule import Schedule, bake
 from meancache_trt.record import RecordOptions
-from meancache_trt.render import Pipeline, Rendering
+from meancache_trt.render import Pipeline
+from meancache_trt.rendering import Rendering
 from meancache_trt.session import Session
 from meancache_trt.shapes import PictureSize, Range
 from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image

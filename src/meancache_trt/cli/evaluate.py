@@ -22,7 +22,7 @@ from meancache_trt.cli.output import hush_libraries, note, print_json, progress
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.meancache.files import made_directory, write_json
-from meancache_trt.render import NoiseSource
+from meancache_trt.rendering import NoiseSource
 
 if TYPE_CHECKING:
     from meancache_trt.evaluate.request import Request

@@ -16,7 +16,8 @@ from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import InputError
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.meancache.files import made_directory, read_bytes
-from meancache_trt.render import NoiseSource, Rendering, load
+from meancache_trt.render import load
+from meancache_trt.rendering import NoiseSource, Rendering
 
 
 @click.command()

@@ -17,7 +17,8 @@ from meancache_trt.meancache.hashing import digest_of
 from meancache_trt.meancache.noise import philox_normal, torch_normal
 from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.meancache.sigmas import SigmaGrid
-from meancache_trt.render import NoiseSource, Pipeline
+from meancache_trt.render import Pipeline
+from meancache_trt.rendering import NoiseSource
 from meancache_trt.session import Batch, Session
 
 Render = Callable[[Sequence[Prompt]], Batch]

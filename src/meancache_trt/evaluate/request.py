@@ -40,7 +40,8 @@ from meancache_trt.export.text import TextPrecision
 from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.schedule import load_schedule
 from meancache_trt.record import Note, Recorder, RecordOptions, Report
-from meancache_trt.render import NoiseSource, Pipeline
+from meancache_trt.render import Pipeline
+from meancache_trt.rendering import NoiseSource
 
 SAMPLES = 32
 """Pictures by default: the standard error of a mean PSNR is then a fifth of its spread."""
