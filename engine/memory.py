@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int:
     """What is free on the machine, or under a container's limit where that is less."""
-    import psutil  # noqa: PLC0415  (comes with the extras that build)
-
     free = int(psutil.virtual_memory().available)
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()

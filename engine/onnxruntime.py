@@ -7,6 +7,7 @@ copies nothing and returns when its work is done.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from meancache_trt.engine.binding import check_binding
 from meancache_trt.engine.mapped_weights import has_linked_weights, mapped_weights
+from meancache_trt.engine.memory import available_bytes
 from meancache_trt.errors import BundleError, RenderError, RuntimeUnavailableError
 from meancache_trt.meancache.runtime import Call, Tensor, TensorSpec
 
@@ -185,6 +187,18 @@ class OnnxRuntime:
 
     def synchronize(self) -> None:
         """Do nothing: calls return when they are done."""
+
+    def lane(self) -> Self:
+        """The runtime itself: each call runs in the thread that enqueues it."""
+        return self
+
+    def turn(self) -> AbstractContextManager[object]:
+        """Keep nobody out: sessions may run in several threads at once."""
+        return nullcontext()
+
+    def free_bytes(self) -> int:
+        """Memory of the machine that is free."""
+        return available_bytes()
 
     def __enter__(self) -> Self:
         return self

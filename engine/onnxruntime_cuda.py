@@ -11,7 +11,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -70,6 +70,10 @@ class OnnxRuntimeCuda(DeviceRuntime):
         )
         self._graphs.add(graph)
         return graph
+
+    def lane(self) -> Self:
+        """The runtime itself: a session stays on the stream that it was made with."""
+        return self
 
     def _free(self) -> None:
         for graph in list(self._graphs):

@@ -105,10 +105,12 @@ class DenoisingLoop:
         this returns. With one, each evaluation is waited for.
         """
         if on_evaluation is None:
-            self._all.enqueue()
+            with self._runtime.turn():
+                self._all.enqueue()
             return
         for done, evaluation in enumerate(self._evaluations, start=1):
-            evaluation.enqueue()
+            with self._runtime.turn():
+                evaluation.enqueue()
             self._runtime.synchronize()
             on_evaluation(done, self.schedule.budget)
 
@@ -126,12 +128,7 @@ class DenoisingLoop:
     def result(self) -> NDArray[np.float32]:
         """The final latent, float32; waits. Raises `RenderError` where it is not finite."""
         latent = self.final.read()
-        if not np.isfinite(latent).all():
-            raise RenderError(
-                "the latent is not finite after the last evaluation, so no picture was made; the "
-                "network overflowed or its weights are damaged. Check the bundle with "
-                "`meancache-trt inspect --verify`, and the prompt and guidance scale"
-            )
+        check_finite(latent)
         return latent
 
     def _bind_evaluations(
@@ -179,6 +176,16 @@ class DenoisingLoop:
             )
             calls.append((evaluate, move))
         return calls
+
+
+def check_finite(latent: NDArray[np.float32]) -> None:
+    """Raise `RenderError` where a final latent is not finite."""
+    if not np.isfinite(latent).all():
+        raise RenderError(
+            "the latent is not finite after the last evaluation, so no picture was made; the "
+            "network overflowed or its weights are damaged. Check the bundle with "
+            "`meancache-trt inspect --verify`, and the prompt and guidance scale"
+        )
 
 
 def _history_of(update: Graph) -> int:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,19 @@ def torch_normal(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
     generator = torch.Generator("cpu").manual_seed(seed)
     batch = torch.randn((1, *shape), generator=generator, dtype=torch.float32)
     return np.asarray(batch[0].numpy(), np.float32)
+
+
+def draw_noise(source: str, seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Noise of a source by name, "philox" or "torch". Raises `InputError` for another name."""
+    if source not in _SOURCES:
+        raise InputError(f"noise is one of {', '.join(_SOURCES)}, found {source!r}")
+    return _SOURCES[source](seed, shape)
+
+
+_SOURCES: dict[str, Callable[[int, Sequence[int]], NDArray[np.float32]]] = {
+    "philox": philox_normal,
+    "torch": torch_normal,
+}
 
 
 def _check_seed(seed: int) -> int:

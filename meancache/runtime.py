@@ -7,6 +7,7 @@ and `engine.tensorrt.runtime` on a GPU. Everything above this protocol is the sa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +113,22 @@ class Runtime(Protocol):
 
     def synchronize(self) -> None:
         """Wait until everything enqueued is done."""
+
+    def lane(self) -> Runtime:
+        """A queue for another thread, whose work may overlap with this one's; it shares graphs.
+
+        The runtime itself where it has no second queue, or needs none. Closed with the runtime.
+        """
+
+    def turn(self) -> AbstractContextManager[object]:
+        """What a thread holds in every call but `synchronize` where several use a runtime.
+
+        A runtime and its lanes have one, which a thread may take again while it holds it. It
+        keeps nobody out where calls may run side by side.
+        """
+
+    def free_bytes(self) -> int:
+        """Memory of its device that is free now."""
 
     def __enter__(self) -> Self: ...
 

@@ -7,6 +7,7 @@ checked at every bind), so that tests of the loop need no backend.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ class NumpyRuntime:
 
     def synchronize(self) -> None:
         pass
+
+    def lane(self) -> NumpyRuntime:
+        return self
+
+    def turn(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def free_bytes(self) -> int:
+        return 1 << 40
 
     def __enter__(self) -> NumpyRuntime:
         return self

@@ -6,7 +6,7 @@ import pytest
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.errors import BundleError
-from meancache_trt.session import Graphs
+from meancache_trt.graphs import Graphs
 from tests.export.families import shared_export
 from tests.numpy_runtime import NumpyRuntime
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +32,7 @@ class DeviceRuntime:
     def __init__(self, device: Device, stream: object | None = None) -> None:
         self.cuda = device
         self.stream: Stream = device.stream(stream)
+        self._turn: AbstractContextManager[object] = threading.RLock()
         self._is_closed = False
         self._notes: list[str] = []
 
@@ -93,6 +96,14 @@ class DeviceRuntime:
         """Wait until everything enqueued here is done."""
         self.check_open()
         self.stream.synchronize()
+
+    def turn(self) -> AbstractContextManager[object]:
+        """See `Runtime.turn`: one thread at a time talks to the device."""
+        return self._turn
+
+    def free_bytes(self) -> int:
+        """Memory of the device that is free."""
+        return self.cuda.free_bytes()
 
     def check_open(self) -> None:
         """Raise `RenderError` where the runtime was closed."""

@@ -145,6 +145,7 @@ class Lane(TensorRtRuntime):
     def __init__(self, main: TensorRtRuntime, stream: object | None) -> None:
         DeviceRuntime.__init__(self, main.cuda, stream)
         self.name, self.version, self.precisions = main.name, main.version, main.precisions
+        self._turn = main.turn()
         self._main = main  # outlives the lane
         self._loader = main._loader
         self._begin()

@@ -28,12 +28,13 @@ from meancache_trt.engine.select import available_backends
 from meancache_trt.engine.survey import survey
 from meancache_trt.engine.tensorrt.library import FLAVOURS
 from meancache_trt.errors import MeanCacheError, PlanError
+from meancache_trt.graphs import Graphs
 from meancache_trt.meancache.loop import OnEvaluation
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.runtime import Runtime
 from meancache_trt.meancache.schedule import bake
 from meancache_trt.render import Pipeline, load
-from meancache_trt.session import Batch, Graphs, Session
+from meancache_trt.session import Batch, Session
 from meancache_trt.shapes import Range
 
 REFERENCE = "onnxruntime"

@@ -16,8 +16,9 @@ from scripts.gpu.watched import Watched
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.errors import RenderError
+from meancache_trt.graphs import Graphs
 from meancache_trt.manifest import TiledAxis, Tiling
-from meancache_trt.session import Graphs, Session
+from meancache_trt.session import Session
 
 NAME = "correctness"
 ABOUT = "GPU loop against the CPU loop, graph against no graph, batch, VAE, update, hosts' memory"

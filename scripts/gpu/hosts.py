@@ -15,8 +15,9 @@ from scripts.gpu.bounds import largest_difference
 from scripts.gpu.record import Check, equal, judged, measured, skipped
 
 from meancache_trt.engine.select import open_runtime
+from meancache_trt.graphs import Graphs
 from meancache_trt.meancache.runtime import Runtime, Tensor
-from meancache_trt.session import Graphs, Session
+from meancache_trt.session import Session
 
 Array = NDArray[np.float32]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ class _Sequence:
             call.enqueue()
 
 
+_NO_TURN = nullcontext()
+
+
 class _Runtime:
     """As much of a runtime as a loop asks for."""
 
@@ -50,6 +54,9 @@ class _Runtime:
 
     def synchronize(self) -> None:
         pass
+
+    def turn(self) -> AbstractContextManager[object]:
+        return _NO_TURN
 
 
 def idle_loop(evaluations: int) -> DenoisingLoop:

@@ -51,11 +51,11 @@ from meancache_trt.export.family import Size
 from meancache_trt.export.job import Job
 from meancache_trt.export.networks import transformer
 from meancache_trt.export.registry import detect
+from meancache_trt.graphs import Graphs
 from meancache_trt.meancache.runtime import Tensor, TensorSpec
 from meancache_trt.meancache.schedule import Schedule, bake
 from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
-from meancache_trt.session import Graphs
 
 NAMES = ("flux", "qwen_image", "hunyuan_video")
 PRECISIONS = ("float32", "bfloat16")

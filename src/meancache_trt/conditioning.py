@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -78,6 +78,18 @@ class Conditioning:
                 f"{len(prompts)} prompts; make the file with `meancache-trt encode`"
             )
         return cls(tuple(prompts), tensors, metadata.get("encoder_digest"))
+
+
+def joined(samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """One batch of samples: the prompts of all, then the negative prompts of all where they have.
+
+    Each sample's tensors are (1, ...), or (2, ...) with its negative prompt last.
+    """
+    tensors = {}
+    for name in samples[0]:
+        stacked = np.stack([sample[name] for sample in samples], axis=1)
+        tensors[name] = stacked.reshape(-1, *stacked.shape[2:])
+    return tensors
 
 
 def paired(positive: Conditioning, negative: Conditioning) -> list[Conditioning]:

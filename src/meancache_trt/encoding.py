@@ -20,11 +20,11 @@ from meancache_trt.errors import BundleError, InputError, RuntimeUnavailableErro
 from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.registry import FAMILIES
 from meancache_trt.export.text import PromptEncoder, TextPrecision
+from meancache_trt.graphs import Graphs
 from meancache_trt.manifest import Component, TensorRecord
 from meancache_trt.meancache.files import encode_json
 from meancache_trt.meancache.hashing import digest_of
-from meancache_trt.meancache.runtime import Call, Tensor
-from meancache_trt.session import Graphs
+from meancache_trt.meancache.runtime import Call, Runtime, Tensor
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -181,6 +181,7 @@ def _check_unicode(prompt: str) -> None:
 
 @dataclass(frozen=True)
 class _BoundGraph:
+    runtime: Runtime
     tokenizer: Tokenizer
     ids: Tensor
     outputs: dict[str, Tensor]
@@ -188,9 +189,12 @@ class _BoundGraph:
 
     def run(self, prompt: str) -> Tensors:
         ids = self.tokenizer.encode(prompt).ids
-        self.ids.write(np.array([ids], np.int64))
-        self.call.enqueue()
-        return {name: tensor.read() for name, tensor in self.outputs.items()}
+        with self.runtime.turn():
+            self.ids.write(np.array([ids], np.int64))
+            self.call.enqueue()
+        self.runtime.synchronize()
+        with self.runtime.turn():
+            return {name: tensor.read() for name, tensor in self.outputs.items()}
 
 
 class GraphEncoder:
@@ -207,7 +211,8 @@ class GraphEncoder:
         Raises `RuntimeUnavailableError` without the tokenizers library, `BundleError` where a
         graph or tokenizer cannot be loaded.
         """
-        self._bound = self._bound or [self._bind(component) for component in self._components]
+        with self._graphs.runtime.turn():
+            self._bound = self._bound or [self._bind(component) for component in self._components]
         made = [graph.run(prompt) for prompt in prompts for graph in self._bound]
         names = [name for graph in self._bound for name in graph.outputs]
         return {
@@ -229,7 +234,7 @@ class GraphEncoder:
         ids = self._zeros(component.inputs[name], length)
         outputs = {key: self._zeros(record, length) for key, record in component.outputs.items()}
         call = self._graphs.graph(component).bind({name: ids, **outputs})
-        return _BoundGraph(tokenizer, ids, outputs, call)
+        return _BoundGraph(self._graphs.runtime, tokenizer, ids, outputs, call)
 
     def _zeros(self, record: TensorRecord, text_tokens: int) -> Tensor:
         sizes = {"batch": 1, "text_tokens": text_tokens}

@@ -12,7 +12,7 @@ import numpy as np
 
 from meancache_trt.calibration.trajectories import Array, Prompt, Trajectories
 from meancache_trt.calibration.velocity_field import BATCH_VALUES, batch_of
-from meancache_trt.conditioning import Conditioning, paired
+from meancache_trt.conditioning import Conditioning, joined, paired
 from meancache_trt.errors import CalibrationError
 from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.hashing import digest_of
@@ -64,7 +64,10 @@ class EngineField:
         filled = [prompts[index] for index in chosen]
         conditionings = [self._conditioning(prompt.text) for prompt in filled]
         velocities = session.evaluate(
-            step, self._shaped(latents[chosen]), _joined(conditionings), self._guidance(filled)
+            step,
+            self._shaped(latents[chosen]),
+            joined([conditioning.tensors for conditioning in conditionings]),
+            self._guidance(filled),
         )
         return velocities[: len(prompts)].reshape(len(prompts), -1)
 
@@ -109,15 +112,6 @@ def engine_field(
     """An `EngineField` whose embeddings are gone at the end of the `with`."""
     with tempfile.TemporaryDirectory() as directory:
         yield EngineField(pipeline, trajectories, Path(directory), batch=batch)
-
-
-def _joined(conditionings: Sequence[Conditioning]) -> dict[str, Array]:
-    """One batch: the prompts of all, then the negative prompts of all."""
-    tensors = {}
-    for name in conditionings[0].tensors:
-        stacked = np.stack([conditioning.tensors[name] for conditioning in conditionings], axis=1)
-        tensors[name] = stacked.reshape(-1, *stacked.shape[2:])
-    return tensors
 
 
 def _all_steps(trajectories: Trajectories) -> Schedule:

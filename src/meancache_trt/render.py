@@ -6,13 +6,11 @@ with meancache_trt.load("flux.mcb") as pipeline:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import numpy as np
-from numpy.typing import NDArray
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.conditioning import Conditioning
@@ -22,10 +20,11 @@ from meancache_trt.engine.probe import Gpu
 from meancache_trt.engine.select import check_backend, open_runtime
 from meancache_trt.errors import InputError
 from meancache_trt.export.text import TextPrecision
+from meancache_trt.graphs import Graphs
 from meancache_trt.manifest import Resolution, check_guidance
 from meancache_trt.meancache.files import encode_json
 from meancache_trt.meancache.hashing import digest_of
-from meancache_trt.meancache.noise import philox_normal, torch_normal
+from meancache_trt.meancache.noise import draw_noise
 from meancache_trt.meancache.runtime import Runtime
 from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.meancache.sigmas import SigmaGrid
@@ -37,13 +36,9 @@ from meancache_trt.selection import (
     find_schedule,
     pipeline_grid,
 )
-from meancache_trt.session import Graphs, Session
+from meancache_trt.session import Session
 from meancache_trt.text_length import cut_to_bucket
 
-_NOISE: dict[str, Callable[[int, Sequence[int]], NDArray[np.float32]]] = {
-    "philox": philox_normal,
-    "torch": torch_normal,
-}
 OnImage = Callable[[int, int, int, int], None]
 """(picture index, pictures, evaluations done, B), called after each evaluation."""
 
@@ -73,12 +68,13 @@ class Pipeline:
         self.runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads, gpu=gpu)
         self.graphs = Graphs(bundle, self.runtime, precision)
         self._sessions: dict[tuple[Schedule, tuple[int, ...], int], Session] = {}
-        self._encoder = BundleEncoder(
-            self.graphs,
+        self._new_encoder = functools.partial(
+            BundleEncoder,
             precision=text_precision,
             cache=open_cache(embedding_cache),
             keep_encoders=keep_encoders,
         )
+        self._encoder = self._new_encoder(self.graphs)
 
     def __enter__(self) -> Self:
         if self._is_owner:
@@ -94,6 +90,10 @@ class Pipeline:
         self._sessions.clear()
         if self._is_owner:
             self.runtime.__exit__(kind, error, trace)
+
+    def encoder_on(self, graphs: Graphs) -> BundleEncoder:
+        """An encoder like the pipeline's own whose text graphs run elsewhere, such as on a lane."""
+        return self._new_encoder(graphs)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with the bundle's text encoders, each once; see `load` for the cache.
@@ -220,12 +220,10 @@ class Pipeline:
             on_evaluation: called after each evaluation; an exception in it cancels.
         """
         seeds = _seeds(seed, _count(prompts))
-        if noise not in _NOISE:
-            raise InputError(f"noise is one of {', '.join(_NOISE)}, found {noise!r}")
         size = self.resolution(height, width, frames)
         chosen = self.schedule(schedule, guidance_scale, size)
         scale = self.guidance(guidance_scale, chosen)
-        starts = [_NOISE[noise](start, size.noise_shape) for start in seeds]
+        starts = [draw_noise(noise, start, size.noise_shape) for start in seeds]
         conditionings = self._encoder.for_pictures(prompts, negative_prompt)
         schedule_digest = digest_of(encode_json(chosen))
         renderings = []

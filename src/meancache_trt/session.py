@@ -18,17 +18,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meancache_trt.bundle import Bundle
-from meancache_trt.decoder import Decoder
+from meancache_trt.decoder import PictureDecoder
 from meancache_trt.errors import RenderError, ScheduleError
+from meancache_trt.graphs import Graphs
 from meancache_trt.manifest import Component, Resolution, TensorRecord, batch_symbols
-from meancache_trt.meancache.loop import DenoisingLoop, Network, OnEvaluation
-from meancache_trt.meancache.runtime import Call, Graph, Runtime, Tensor
+from meancache_trt.meancache.loop import DenoisingLoop, Network, OnEvaluation, check_finite
+from meancache_trt.meancache.runtime import Call, Graph, Tensor
 from meancache_trt.meancache.schedule import Schedule
-from meancache_trt.tiling import levels
 
 WrapGraph = Callable[[Graph], Graph]
 Guidance = float | NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What a loop made: final latents (B, S, C), which may be not finite, and its time."""
+
+    latents: NDArray[np.float32]
+    loop_ms: float
 
 
 @dataclass(frozen=True)
@@ -38,40 +45,6 @@ class Batch:
     latents: NDArray[np.float32]
     pictures: NDArray[np.float32]
     loop_ms: float
-
-
-class Graphs:
-    """The graphs of a bundle on one runtime, each loaded at its first use.
-
-    `precision` is that of the transformer, None for what the runtime prefers.
-    """
-
-    def __init__(self, bundle: Bundle, runtime: Runtime, precision: str | None = None) -> None:
-        self.bundle, self.runtime, self._precision = bundle, runtime, precision
-        self._loaded: dict[str, Graph] = {}
-
-    def network(self, part: str) -> Component:
-        """A network in the precision that the runtime prefers of those that there are.
-
-        Raises `BundleError` where the transformer is not there in the precision asked for.
-        """
-        precisions = self.runtime.precisions
-        if self._precision is not None:
-            others = () if part == "transformer" else precisions
-            precisions = (self._precision, *others)
-        return self.bundle.export.component_in(part, precisions)[1]
-
-    def graph(self, component: Component) -> Graph:
-        """The loaded graph of a component."""
-        if component.path not in self._loaded:
-            path = self.bundle.component_path(component)
-            is_light = not component.weight_bytes
-            self._loaded[component.path] = self.runtime.load(path, is_light=is_light)
-        return self._loaded[component.path]
-
-    def drop(self, component: Component) -> None:
-        """Forget a graph; its memory goes with the last call that is bound to it."""
-        self._loaded.pop(component.path, None)
 
 
 class Session:
@@ -126,8 +99,7 @@ class Session:
             update_constants={name: self._inputs[name] for name in scales},
         )
         self._preparation = self._bind_prepare()
-        self._latent = self.loop.final.view((batch, *resolution.decode_shape))
-        self._decoders: dict[bool, Decoder] = {}
+        self._decoder = PictureDecoder(graphs, resolution, batch, latent=self.loop.final)
 
     def run(
         self,
@@ -152,16 +124,31 @@ class Session:
             InputError: for `vae_tiling` where the bundle has no tiles in space.
             RenderError: where a shape does not fit, or the result is not finite.
         """
-        decoder = self._decoder(vae_tiling=vae_tiling)
-        self._write(noise, conditioning, guidance_scale)
-        self._preparation.enqueue()
-        self._graphs.runtime.synchronize()
+        self._decoder.prepare(vae_tiling=vae_tiling)  # refused before the network runs
+        denoised = self.denoise(noise, conditioning, guidance_scale, on_evaluation)
+        check_finite(denoised.latents)
+        pictures = self._decoder.run(vae_tiling=vae_tiling)
+        return Batch(denoised.latents, pictures, denoised.loop_ms)
+
+    def denoise(
+        self,
+        noise: NDArray[np.float32],
+        conditioning: Mapping[str, NDArray[np.float32]],
+        guidance_scale: Guidance,
+        on_evaluation: OnEvaluation | None = None,
+    ) -> Denoised:
+        """The loop alone; see `run`. One thread may denoise while others use other sessions."""
+        runtime = self._graphs.runtime
+        with runtime.turn():
+            self._write(noise, conditioning, guidance_scale)
+            self._preparation.enqueue()
+        runtime.synchronize()
         start = time.perf_counter()
         self.loop.run(on_evaluation)
-        self._graphs.runtime.synchronize()
+        runtime.synchronize()
         loop_ms = 1e3 * (time.perf_counter() - start)
-        latents = self.loop.result()
-        return Batch(latents, _channels_last(decoder.run()), loop_ms)
+        with runtime.turn():
+            return Denoised(self.loop.final.read(), loop_ms)
 
     def evaluate(
         self,
@@ -184,8 +171,7 @@ class Session:
         self, latents: NDArray[np.float32], *, vae_tiling: bool = False
     ) -> NDArray[np.float32]:
         """Pictures of final latents (batch, *resolution.latent_shape), float32; see `run`."""
-        self.loop.final.write(latents)
-        return _channels_last(self._decoder(vae_tiling=vae_tiling).run())
+        return self._decoder.run(latents, vae_tiling=vae_tiling)
 
     def _write(
         self,
@@ -229,25 +215,6 @@ class Session:
             for name, record in self._prepare.outputs.items()
         }
         return self._graphs.graph(self._prepare).bind({**inputs, **outputs})
-
-    def _decoder(self, *, vae_tiling: bool) -> Decoder:
-        """The decoder of one way to decode; made once, then kept."""
-        if vae_tiling not in self._decoders:
-            export = self._graphs.bundle.export
-            decoder = self._graphs.network("vae_decoder")
-            self._decoders[vae_tiling] = Decoder(
-                self._graphs.runtime,
-                self._graphs.graph(decoder),
-                decoder,
-                latent=self._latent,
-                image_shape=self._shape(decoder.outputs[decoder.output_named("image")]),
-                levels=levels(export.tiling, is_space_tiled=vae_tiling),
-            )
-        return self._decoders[vae_tiling]
-
-
-def _channels_last(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(np.moveaxis(images, 1, -1))
 
 
 def _named(conditioning: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:

@@ -28,9 +28,10 @@ from meancache_trt.engine.probe import probe
 from meancache_trt.engine.tensorrt.runtime import TensorRtRuntime
 from meancache_trt.errors import InputError
 from meancache_trt.export.safetensors_file import read_tensors
+from meancache_trt.graphs import Graphs
 from meancache_trt.meancache.runtime import Call
 from meancache_trt.render import Pipeline
-from meancache_trt.session import Graphs, Session
+from meancache_trt.session import Session
 from tests.fake_driver import driver_environment
 from tests.fakes.cuda import FakeDevice
 from tests.fakes.plans import plan_everything

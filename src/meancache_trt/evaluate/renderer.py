@@ -14,7 +14,7 @@ from meancache_trt.calibration.trajectories import Prompt
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.hashing import digest_of
-from meancache_trt.meancache.noise import philox_normal, torch_normal
+from meancache_trt.meancache.noise import draw_noise
 from meancache_trt.meancache.schedule import Schedule
 from meancache_trt.meancache.sigmas import SigmaGrid
 from meancache_trt.render import Pipeline
@@ -112,8 +112,8 @@ class EngineRenderer:
         )
 
     def _start(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        draw = {"philox": philox_normal, "torch": torch_normal}[self._noise]
-        return np.stack([draw(prompt.seed, self._resolution.noise_shape) for prompt in prompts])
+        shape = self._resolution.noise_shape
+        return np.stack([draw_noise(self._noise, prompt.seed, shape) for prompt in prompts])
 
     def _conditioning(self, texts: Sequence[str]) -> Conditioning:
         """What the network is fed: the prompts, then under classic guidance the empty one of each.

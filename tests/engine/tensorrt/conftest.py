@@ -14,11 +14,12 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.engine.onnxruntime import OnnxRuntime
 from meancache_trt.engine.tensorrt.library import Flavour
 from meancache_trt.engine.tensorrt.runtime import TensorRtRuntime
+from meancache_trt.graphs import Graphs
 from meancache_trt.manifest import batch_symbols
 from meancache_trt.meancache.runtime import Runtime
 from meancache_trt.meancache.schedule import Schedule, bake
 from meancache_trt.meancache.sigmas import make_grid
-from meancache_trt.session import Batch, Graphs, Session
+from meancache_trt.session import Batch, Session
 from tests.engine.tensorrt.add_engine import AddEngine
 from tests.export.families import shared_export
 from tests.fakes.cuda import FakeDevice
