@@ -62,11 +62,11 @@ class EngineField:
         """See `VelocityField`. A batch that is not full is filled up with its last sample."""
         session, chosen = self._session(len(prompts))
         filled = [prompts[index] for index in chosen]
-        conditionings = [self._conditioning(prompt.text) for prompt in filled]
+        conditionings = [self._conditioning(prompt.text).tensors for prompt in filled]
         velocities = session.evaluate(
             step,
             self._shaped(latents[chosen]),
-            joined([conditioning.tensors for conditioning in conditionings]),
+            joined(conditionings),
             self._guidance(filled),
         )
         return velocities[: len(prompts)].reshape(len(prompts), -1)

@@ -34,12 +34,16 @@ KEPT = 8
 T = TypeVar("T")
 
 
+class Cancelled(Exception):  # noqa: N818  nothing went wrong
+    """Raised in `on_evaluation` to end a batch; its pictures are not tried again."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A batch that the network can be fed: tickets of one group, prompts of one text length.
 
     `conditionings` has each ticket's tensors at that length. `on_evaluation` is called after each
-    evaluation, where it is set; an exception in it ends the batch.
+    evaluation, where it is set; `Cancelled` raised in it ends the batch.
     """
 
     tickets: tuple[Ticket, ...]
@@ -151,7 +155,7 @@ class Denoise:
             _scales(tickets),
             encoded.on_evaluation,
         )
-        failures = {index: error for index, error in _not_finite(denoised.latents)}
+        failures = dict(_not_finite(denoised.latents))
         whole = Latents(tickets, denoised.latents, denoised.loop_ms, len(tickets))
         if not failures:
             return [whole]
@@ -228,13 +232,11 @@ _NO_PIXELS = np.zeros((0, 0, 3), np.float32)
 
 
 def tried_apart(run: Callable[[Any], list[Any]], batch: Any) -> list[Any]:
-    """`run(batch)`; where it raises, each of its pictures alone, and those that raise as failures.
-
-    What cancels a batch (an exception that is no `MeanCacheError` out of `on_evaluation`) does so
-    again and again.
-    """
+    """`run(batch)`; where it raises, each of its pictures alone, and those that raise as failures."""
     try:
         return run(batch)
+    except Cancelled as error:
+        return [Failure(ticket, error) for ticket in batch.tickets]
     except Exception as error:
         if len(batch.tickets) == 1:
             return [Failure(batch.tickets[0], error)]
