@@ -9,6 +9,7 @@
     ├── PlanError              a graph that TensorRT cannot build
     │   └── PlanMismatchError  a plan that is not for this GPU, library, graph or size
     ├── RenderError            a render that produced no valid picture
+    │   └── RefusedError       a job that a renderer does not take on now
     └── InputError             a user's file or option that cannot be used
 
 A message says what was expected, what was found and what to do. The command line prints it as it
@@ -52,6 +53,17 @@ class PlanMismatchError(PlanError):
 
 class RenderError(MeanCacheError):
     """A render that produced no valid picture."""
+
+
+class RefusedError(RenderError):
+    """A job that a renderer does not take on: too many wait, or its deadline cannot be met.
+
+    `retry_after_s` is when there may be room again, None where waiting does not help.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class InputError(MeanCacheError):
