@@ -24,7 +24,6 @@ from meancache_trt.production.names import NameTemplate, check_unique
 from meancache_trt.production.outputs import OutputDirectory
 from meancache_trt.production.recorder import Recorder
 from meancache_trt.production.results import ResultsLog
-from meancache_trt.production.snapshot import Snapshot
 from meancache_trt.production.run_folder import (
     GroupSizes,
     RunRecord,
@@ -32,6 +31,7 @@ from meancache_trt.production.run_folder import (
     open_run,
     scratch,
 )
+from meancache_trt.production.snapshot import Snapshot
 from meancache_trt.production.stages import Conveyor, Stage
 from meancache_trt.production.tickets import Group, Settings, Ticket
 from meancache_trt.production.work import (
@@ -150,9 +150,7 @@ class Run:
         chunks = self._chunks()
         with scratch(self._options.output) as temporary:
             output = OutputDirectory(self._options.output, temporary)
-            self._conveyor = Conveyor(
-                self._stages(output, stop), room=_ROOM, on_failure=_give_up
-            )
+            self._conveyor = Conveyor(self._stages(output, stop), room=_ROOM, on_failure=_give_up)
             try:
                 with self._conveyor:
                     self._feed(chunks, stop)
@@ -189,7 +187,7 @@ class Run:
             precision=self._pipeline.graphs.network("transformer").precision,
             noise=self._settings.noise,
             vae_tiling=self._settings.vae_tiling,
-            formats=tuple(str(form) for form in options.formats),
+            formats=tuple(f"{form.name}:{form.used_quality}" for form in options.formats),
             name_template=str(options.names),
             batch_size=options.batch,
         )
@@ -259,9 +257,7 @@ class Run:
             case "done":
                 return False
             case "failed":
-                return (
-                    self._options.is_failed_retried and ticket.job.id not in self._own_failures
-                )
+                return self._options.is_failed_retried and ticket.job.id not in self._own_failures
             case _:
                 return True
 
