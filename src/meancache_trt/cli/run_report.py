@@ -16,7 +16,7 @@ _LISTED = 100
 """Failed jobs and bad lines in a JSON document; the log has all."""
 
 _SHOWN = 5
-"""Failed jobs that a table has."""
+"""Failed jobs that are told on a terminal."""
 
 
 def print_run(
@@ -86,7 +86,8 @@ def _print_warnings(summary: Summary) -> None:
         print_table(["warning", "jobs"], list(summary.warnings.items()))
     if summary.failures:
         click.echo()
-        print_table(["failed", "why"], list(summary.failures.items())[:_SHOWN])
+        for name, error in list(summary.failures.items())[:_SHOWN]:
+            click.echo(f"failed {name}: {error}")
         if summary.failed > _SHOWN:
             click.echo(f"and {summary.failed - _SHOWN:,} more")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -14,15 +16,19 @@ from types import FrameType
 INTERRUPTED = 130
 """Exit status of what SIGINT ended, as shells have it: 128 + 2."""
 
+_SAME_PRESS_S = 0.5
+"""Programs such as `timeout` send a signal to a process and again to its group: that is one."""
+
 _SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 @dataclass
 class Caught:
-    """Which signal came first, if any did, and how often SIGINT."""
+    """Which signal came first, if any did, how often SIGINT came, and when last."""
 
     signal: int | None = None
     interrupts: int = 0
+    at_s: float = -math.inf
 
 
 @contextlib.contextmanager
@@ -37,7 +43,10 @@ def stopping(stop: threading.Event, note: Callable[[str], None]) -> Iterator[Cau
 
     def handle(number: int, frame: FrameType | None) -> None:
         del frame
-        caught.interrupts += number == signal.SIGINT
+        now_s = time.monotonic()
+        if number == signal.SIGINT and now_s - caught.at_s > _SAME_PRESS_S:
+            caught.interrupts += 1
+            caught.at_s = now_s
         if caught.interrupts > 1:
             if os.isatty(2):
                 os.write(2, _SHOW_CURSOR)  # a live view may have hidden it

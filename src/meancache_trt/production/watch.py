@@ -17,6 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from meancache_trt.production.snapshot import Snapshot
 
@@ -143,7 +144,7 @@ def describe(sight: Sight) -> str:
 
 
 def _speed(sight: Sight) -> str:
-    left = "" if sight.left_s is None else f", {duration(sight.left_s)} left"
+    left = "" if not sight.left_s else f", {duration(sight.left_s)} left"
     return f"{sight.pictures_per_s:.2f} pictures/s{left}"
 
 
@@ -167,7 +168,7 @@ def _picture(sight: Sight) -> RenderableType:
         f"{finished}/{found.jobs}",
         _speed(sight),
     )
-    counts = (
+    counts = Text(
         f"{found.done} done here, {found.failed} failed, {found.others} by other processes, "
         f"{found.earlier} earlier"
     )
