@@ -1,7 +1,8 @@
 """Encoded prompts on disk, so that a prompt is encoded once on a machine, and the last in memory.
 
-On disk one safetensors file an entry, named after its key. Entries do not hold the prompts' text. Several
-processes may share a directory: files are written whole, and one that vanishes is a miss.
+On disk an entry is one safetensors file, named after its key. Entries do not hold the prompts'
+text. Several processes may share a directory: files are written whole, and one that vanishes is a
+miss.
 """
 
 from __future__ import annotations
