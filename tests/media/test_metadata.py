@@ -61,7 +61,9 @@ def test_what_was_not_there_is_not_said(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(prompt=st.text(st.characters(codec="utf-8"), max_size=300))
 def test_any_prompt_survives(tmp_path, name, prompt):
     made = dataclasses.replace(made_for(name), prompt=prompt)

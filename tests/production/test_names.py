@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.production.tickets import make_ticket
 
@@ -122,6 +122,7 @@ VALUES = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     template=st.lists(PIECES, max_size=6).map("".join),
     job_id=VALUES,
