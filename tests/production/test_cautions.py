@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from tests.production.tickets import SCHEDULE
 
 from meancache_trt.meancache.evidence import Evidence, Fidelity, Summary
 from meancache_trt.meancache.schedule import Schedule, bake
 from meancache_trt.meancache.sigmas import make_grid
 from meancache_trt.production.cautions import cautions_of
+from tests.production.tickets import SCHEDULE
 
 PROMPTS = ["large plain red circle left gray", "small striped blue star right pink", "", "a cat"]
 

@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.production.tickets import make_ticket
 
 from meancache_trt.errors import InputError
 from meancache_trt.production.names import NameTemplate, check_unique, slug
+from tests.production.tickets import make_ticket
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.media.renderings import PICTURE, VIDEO, rendering
 
 from meancache_trt.errors import InputError
 from meancache_trt.media.formats import OutputFormat
 from meancache_trt.media.metadata import read_metadata
 from meancache_trt.production.outputs import OutputDirectory
+from tests.media.renderings import PICTURE, VIDEO, rendering
 
 PNG = OutputFormat("png")
 
