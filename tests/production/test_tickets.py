@@ -247,6 +247,20 @@ def test_a_target_takes_the_fewest_evaluations_that_reached_it(sized):
         budget(10, None, str(large.size))
 
 
+def test_of_sizes_that_share_a_grid_each_is_judged_by_its_own_evidence(shared_bundle, tmp_path):
+    bundle = changed_bundle(shared_bundle, tmp_path / "own.mcb", resolutions=resolutions(*SIZES))
+    with Pipeline(bundle) as pipeline:
+        square, wide, large = bundle.export.resolutions
+        kept(pipeline, 2, 50.0, 50.0, size=square)
+        kept(pipeline, 3, 30.0, 20.0, size=wide)
+        checker = Checker(pipeline, Settings(), Defaults(), Limits())
+        found = [
+            checker.check(0, job(target_psnr=25.0, resolution=str(each.size))).group.schedule.name
+            for each in (square, wide, large)
+        ]
+    assert found == ["k2-64x64", "k3-128x64", "k2-64x64"]
+
+
 def test_of_equal_budgets_the_better_one_reaches_a_target(sized):
     kept(sized, 3, 30.0, 20.0, name="a")
     kept(sized, 3, 31.0, 20.0, name="b")

@@ -21,7 +21,12 @@ from meancache_trt.shapes import PictureSize
 
 
 class Job(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    gc=False,
 ):
     """One picture or video to render. What is None is the run's default, then the bundle's.
 
