@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.errors import InputError
 from meancache_trt.production.job_files import Line, read_jobs
-from meancache_trt.production.jobs import Job, Limits
+from meancache_trt.production.jobs import Job, Limits, size_of
 
 SMALL = Limits(line_bytes=200, prompt_characters=20, jobs=5, file_bytes=2000)
 
@@ -61,6 +61,12 @@ def test_null_is_what_was_left_out(tmp_path):
     assert jobs(read(tmp_path, '{"id": null, "prompt": "a", "seed": null}')) == [
         Job(id="0001", prompt="a")
     ]
+
+
+def test_frames_may_stand_in_the_resolution_or_beside_it():
+    assert size_of("64x32x9", None) == size_of("64x32", 9) == size_of("64x32x9", 9) == (32, 64, 9)
+    assert size_of("64x32", None) == (32, 64, None)
+    assert size_of(None, 9) == (None, None, 9)
 
 
 def test_digits_alone_are_a_budget(tmp_path):

@@ -189,6 +189,8 @@ def test_negative_prompts_are_for_models_with_classifier_free_guidance(guided):
     assert checker.check(0, job()).guidance_scale == 4.0
     with pytest.raises(InputError, match="at least 1"):
         checker.check(0, job(guidance_scale=0.5))
+    with pytest.raises(InputError, match="at least 1"):
+        Checker(guided, Settings(), Defaults(guidance_scale=0.5), Limits())
 
 
 def test_jobs_choose_among_the_sizes_of_the_bundle(sized):
@@ -308,10 +310,15 @@ def test_digests_change_with_everything_that_pixels_follow_from(guided, shared_b
     assert all(len(each) == 64 for each in found)
 
 
-def test_digests_of_sizes_differ(sized):
-    sized.bundle.add_schedule(bake("euler", sized.grid(STEPS), range(3), name="b3"))
-    checker = Checker(sized, Settings(), Defaults(), Limits())
-    assert len({checker.check(0, job(resolution=size)).digest for size in SIZES}) == 3
+def test_digests_of_sizes_differ_though_their_schedules_are_equal(shared_bundle, tmp_path):
+    bundle = changed_bundle(shared_bundle, tmp_path / "own.mcb", resolutions=resolutions(*SIZES))
+    with Pipeline(bundle) as pipeline:
+        bundle.add_schedule(bake("euler", pipeline.grid(STEPS), range(3), name="b3"))
+        checker = Checker(pipeline, Settings(), Defaults(), Limits())
+        tickets = [checker.check(0, job(resolution=size)) for size in SIZES]
+    assert len({ticket.schedule_digest for ticket in tickets}) == 1
+    assert len({id(ticket.group.schedule) for ticket in tickets}) == 1
+    assert len({ticket.digest for ticket in tickets}) == len({t.group for t in tickets}) == 3
 
 
 def test_digests_change_with_nothing_else(pipeline, checker):

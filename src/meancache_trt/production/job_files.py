@@ -120,7 +120,7 @@ def _json_rows(file: BinaryIO, limits: Limits) -> Iterator[_Row]:
 def _prompt_rows(file: BinaryIO, limits: Limits) -> Iterator[_Row]:
     count = number = 0
     for _, content in _texts(file, limits):
-        pieces = [content] if isinstance(content, InputError) else content.splitlines() or [""]
+        pieces = [content] if isinstance(content, InputError) else content.splitlines()
         for piece in pieces:
             number += 1
             if isinstance(piece, InputError):

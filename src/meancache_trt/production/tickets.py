@@ -52,7 +52,7 @@ class Defaults:
 class Group:
     """What jobs share that can be one batch: a schedule at a size. Guidance scales may differ.
 
-    Equal groups of one `Checker` are one object.
+    Equal groups of one `Checker` are one object, and so are equal schedules.
     """
 
     schedule: Schedule
@@ -114,7 +114,8 @@ class Checker:
     ) -> None:
         self._pipeline, self._defaults, self._limits = pipeline, defaults, limits
         self._is_guided = pipeline.bundle.export.guidance.is_classifier_free
-        self._groups: dict[Group, tuple[Group, str]] = {}
+        self._schedules: dict[Schedule, tuple[Schedule, str]] = {}
+        self._groups: dict[Group, Group] = {}
         self._plan = lru_cache(_COMBINATIONS)(self._resolve)
         self._named = lru_cache(_COMBINATIONS)(self._find)
         self._measured = lru_cache(_COMBINATIONS)(self._with_evidence)
@@ -207,11 +208,13 @@ class Checker:
             guidance = self._pipeline.guidance(given, schedule)
         except MeanCacheError as error:
             return error
+        if schedule not in self._schedules:
+            self._schedules[schedule] = schedule, digest_of(encode_json(schedule))
+        schedule, digest = self._schedules[schedule]
         group = Group(schedule, size)
-        if group not in self._groups:
-            self._groups[group] = group, digest_of(encode_json(schedule))
+        group = self._groups.setdefault(group, group)
         # The same number in the same bytes, whoever wrote it: no 4, no -0.0.
-        return _Plan(*self._groups[group], None if guidance is None else guidance + 0.0)
+        return _Plan(group, digest, None if guidance is None else guidance + 0.0)
 
     def _size(self, text: str | None, frames: int | None) -> Resolution:
         height, width, count = size_of(text, frames)
