@@ -157,7 +157,7 @@ class Checker:
             job.frames,
         )
         if isinstance(plan, MeanCacheError):
-            raise type(plan)(str(plan))
+            raise _copied(plan)
         seed = self._defaults.seed if job.seed is None else job.seed
         negative_prompt = self._defaults.negative_prompt
         if job.negative_prompt is not None:
@@ -207,7 +207,7 @@ class Checker:
             schedule = self._pipeline.schedule(found, given, size)
             guidance = self._pipeline.guidance(given, schedule)
         except MeanCacheError as error:
-            return error
+            return _copied(error)
         if schedule not in self._schedules:
             self._schedules[schedule] = schedule, digest_of(encode_json(schedule))
         schedule, digest = self._schedules[schedule]
@@ -245,7 +245,7 @@ class Checker:
                 lambda steps: self._pipeline.grid(steps, resolution),
             )
         except MeanCacheError as error:
-            return error
+            return _copied(error)
 
     def _with_evidence(self, scale: float | None, size: PictureSize) -> list[Schedule]:
         """The bundle's schedules whose PSNR is on record, and that may be used at a scale and size.
@@ -266,6 +266,11 @@ class Checker:
 
     def _of_size(self, size: PictureSize) -> Resolution:
         return self._pipeline.resolution(size.height, size.width, size.frames)
+
+
+def _copied(error: MeanCacheError) -> MeanCacheError:
+    """The same error without its traceback, whose frames would stay in memory with it."""
+    return type(error)(str(error))
 
 
 def _smallest(
