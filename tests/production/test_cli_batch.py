@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from meancache_trt.cli.batch import Batching
 from meancache_trt.cli.signals import stopping
 from meancache_trt.media.metadata import read_metadata
 from tests.production.commands import (
@@ -191,6 +193,18 @@ def test_another_version_of_the_runtime_is_refused_unless_any_may_be(render, tmp
     assert refused.status == 1
     assert "begun with runtime_version '0.1'" in refused.err
     assert render(SIX[:2], "--schedule", "b6", "--any-version").status == 0
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "expected"),
+    [(None, 0, (8, 1)), (None, 3, (2, 3)), (None, 20, (1, 20)), (2, 0, (2, 4)), (20, 0, (20, 1))],
+)
+def test_workers_and_threads_share_the_cores_of_the_process(
+    monkeypatch, workers, threads, expected
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    given = dict.fromkeys(field.name for field in dataclasses.fields(Batching))
+    assert Batching(**{**given, "workers": workers}).cores(threads) == expected
 
 
 def test_a_read_only_target_ends_cleanly_and_resumes(on_small_disk, shared_bundle, tmp_path):

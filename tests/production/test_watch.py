@@ -8,6 +8,7 @@ from rich.console import Console
 
 from meancache_trt.errors import InputError
 from meancache_trt.production.snapshot import Snapshot
+from meancache_trt.production.stages import Conveyor, Stage
 from meancache_trt.production.watch import (
     Pace,
     Sight,
@@ -155,3 +156,24 @@ def test_what_the_first_sight_raises_comes_before_the_block():
 
     with pytest.raises(InputError, match="cannot show that"), watching(lambda: at(0, 0), [View()]):
         pytest.fail("the block began")
+
+
+def test_a_stage_is_busy_while_its_first_item_is_under_way():
+    begun, go = threading.Event(), threading.Event()
+
+    def work(item):
+        begun.set()
+        assert go.wait(60)
+        return []
+
+    def fail(item, error):
+        raise error
+
+    stages = [Stage("first", lambda: work), Stage("second", lambda: work)]
+    with Conveyor(stages, room=1, on_failure=fail) as conveyor:
+        conveyor.put("item")
+        assert begun.wait(60)
+        busy = conveyor.busy(elapsed_s=3600.0)
+        go.set()
+    assert 0 < busy["first"] < 1
+    assert busy["second"] == 0

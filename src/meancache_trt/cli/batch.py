@@ -19,7 +19,7 @@ from meancache_trt.cli.picture_options import Opening
 from meancache_trt.cli.planning import Mebibytes
 from meancache_trt.cli.run_report import print_run
 from meancache_trt.cli.signals import INTERRUPTED, Caught, stopping
-from meancache_trt.errors import RenderError
+from meancache_trt.errors import MeanCacheError, RenderError
 from meancache_trt.media.formats import OutputFormat, check_formats, default_formats
 from meancache_trt.production.batch_sizes import DEFAULT_LIMIT
 from meancache_trt.production.job_files import Line, read_jobs
@@ -91,7 +91,12 @@ options_of_run = options.gathered(
         help="Instead of --schedule: the bundle's smallest schedule that kept as much of its "
         "samples, on average or of 95 in 100 with --percentile 5.",
     ),
-    click.option("--percentile", type=float, metavar="5", help="With --target-psnr: 5."),
+    click.option(
+        "--percentile",
+        type=float,
+        metavar="5",
+        help="With --target-psnr: 5, the only one that schedules have on record.",
+    ),
     click.option(
         "--name",
         type=options.Parsed("template", NameTemplate),
@@ -208,14 +213,17 @@ def render_jobs(
                 is_any_version_allowed=batching.any_version,
             ),
         )
-        # A run over several machines (--ray) takes the place of `run.run` here.
-        try:
-            with watching(run.snapshot, _views(batching.metrics)):
-                run.run(stop)
-        finally:
-            snapshot = run.snapshot(is_stopped=stop.is_set())
-            summary = summarize(output / LOG, {ticket.job.id for ticket in tickets})
-            print_run(snapshot, summary, faults, output / LOG, as_json=as_json)
+        problem: MeanCacheError | None = None
+        with watching(run.snapshot, _views(batching.metrics)):
+            try:
+                run.run(stop)  # --ray: what runs on several machines takes its place
+            except MeanCacheError as error:
+                problem = error  # what was done is told first
+        snapshot = run.snapshot(is_stopped=stop.is_set())
+        summary = summarize(output / LOG, {ticket.job.id for ticket in tickets})
+        print_run(snapshot, summary, faults, output / LOG, as_json=as_json)
+    if problem is not None:
+        raise problem
     _end(summary, snapshot.left, len(tickets), output / LOG, caught)
 
 
