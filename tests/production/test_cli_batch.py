@@ -118,6 +118,7 @@ def test_a_target_holds_for_jobs_that_choose_no_schedule(render):
         ("--prompt a --max-failures 0", "takes --max-failures; give --prompts FILE"),
         ("--prompts a.txt --batch 2 --max-batch 4", "--batch or --max-batch, but not both"),
         ("--prompts a.txt --percentile 5", "--percentile is that of --target-psnr"),
+        ("--prompts a.txt --target-psnr 30 --schedule 6", "--schedule or --target-psnr"),
         ("--prompts a.txt --prompt b", "and only one"),
         ("--prompts a.txt --name {it}", "a name template has the fields id, index"),
         ("--prompts a.txt --format gif", "a format of png, jpeg"),

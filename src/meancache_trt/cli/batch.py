@@ -80,6 +80,24 @@ class Batching:
         workers = self.workers or max(1, cores // (threads or 1))
         return workers, threads or max(1, cores // workers)
 
+    def run_options(
+        self, output: Path, formats: tuple[OutputFormat, ...], names: NameTemplate, workers: int
+    ) -> RunOptions:
+        """What a run takes of these."""
+        return RunOptions(
+            output=output,
+            formats=formats,
+            names=names,
+            guard=Guard(output, self.min_free or MIN_FREE_BYTES, self.memory_cap),
+            workers=workers,
+            batch=self.batch,
+            batch_limit=self.max_batch or DEFAULT_LIMIT,
+            max_failures=self.max_failures,
+            timeout_s=self.timeout,
+            is_failed_retried=self.retry_failed,
+            is_any_version_allowed=self.any_version,
+        )
+
 
 options_of_run = options.gathered(
     "batching",
@@ -182,8 +200,10 @@ def render_jobs(
     as_json: bool,
 ) -> None:
     """Render what a job file lists and is not done yet. Raises `RenderError` where jobs failed."""
-    lines = [_aimed(line, defaults, batching) for line in read_jobs(file)]
-    name = batching.name or NameTemplate.parse(_BY_ID if _has_ids(file) else _NUMBERED)
+    if batching.target_psnr is not None and defaults.schedule is not None:
+        raise click.UsageError("give --schedule or --target-psnr, but not both")
+    lines = [_aimed(line, batching) for line in read_jobs(file)]
+    names = batching.name or NameTemplate.parse(_BY_ID if _has_ids(file) else _NUMBERED)
     workers, threads = batching.cores(opening.threads)
     stop = threading.Event()
     with (
@@ -193,25 +213,13 @@ def render_jobs(
         checker = Checker(pipeline, settings, defaults, Limits())
         tickets, faults = check_all(lines, checker, skip_bad=batching.skip_bad)
         _tell(faults)
-        chosen = _formats(formats, tickets)
-        is_on_cpu = pipeline.runtime.device == "cpu"
+        if pipeline.runtime.device != "cpu":
+            workers = batching.workers or 1
         run = Run(
             pipeline,
             tickets,
             settings,
-            RunOptions(
-                output=output,
-                formats=chosen,
-                names=name,
-                guard=Guard(output, batching.min_free or MIN_FREE_BYTES, batching.memory_cap),
-                workers=workers if is_on_cpu else batching.workers or 1,
-                batch=batching.batch,
-                batch_limit=batching.max_batch or DEFAULT_LIMIT,
-                max_failures=batching.max_failures,
-                timeout_s=batching.timeout,
-                is_failed_retried=batching.retry_failed,
-                is_any_version_allowed=batching.any_version,
-            ),
+            batching.run_options(output, _formats(formats, tickets), names, workers),
         )
         problem: MeanCacheError | None = None
         with watching(run.snapshot, _views(batching.metrics)):
@@ -227,17 +235,12 @@ def render_jobs(
     _end(summary, snapshot.left, len(tickets), output / LOG, caught)
 
 
-def _aimed(line: Line, defaults: Defaults, batching: Batching) -> Line:
+def _aimed(line: Line, batching: Batching) -> Line:
     """A line whose job has the target that was given for those that choose no schedule."""
-    job = line.job
-    if batching.target_psnr is None or job is None:
+    job, target = line.job, batching.target_psnr
+    if target is None or job is None or (job.schedule, job.target_psnr) != (None, None):
         return line
-    if defaults.schedule is not None:
-        raise click.UsageError("give --schedule or --target-psnr, but not both")
-    if job.schedule is not None or job.target_psnr is not None:
-        return line
-    target, percentile = batching.target_psnr, batching.percentile
-    aimed = msgspec.structs.replace(job, target_psnr=target, percentile=percentile)
+    aimed = msgspec.structs.replace(job, target_psnr=target, percentile=batching.percentile)
     return Line(line.number, aimed)
 
 
