@@ -64,5 +64,5 @@ def test_the_piece_of_a_line_is_no_row_and_a_broken_line_is_an_error(tmp_path):
     log.write_bytes(log.read_bytes() + b'{"id": ')
     assert summarize(log).done == 1
     log.write_bytes(log.read_bytes() + b"\n")
-    with pytest.raises(InputError, match="line 2 of .* is not a row of this log"):
+    with pytest.raises(InputError, match=r"line 2 of .* is not a row of this log"):
         summarize(log)
