@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meancache_trt.errors import InputError
+from meancache_trt.production.claims import locked
 from meancache_trt.production.results import Result, ResultsLog
 from tests.production.conftest import RunOnDisk
 from tests.production.made import FULL, make_result, make_ticket
@@ -65,6 +66,29 @@ def test_the_latest_row_counts_and_a_done_one_is_final(tmp_path: Path) -> None:
     assert other.row("job0") == done
     assert (other.done, other.failed) == (1, 0)
     assert rows_in(tmp_path) == [failed, again, done]
+
+
+def test_a_done_row_is_final_also_where_another_follows_it(tmp_path: Path) -> None:
+    done, failed = make_result(TICKETS[0]), make_result(TICKETS[0], "failed")
+    lines = [msgspec.json.encode(row) + b"\n" for row in (done, failed)]
+    (tmp_path / "results.jsonl").write_bytes(b"".join(lines))
+    log = ResultsLog(tmp_path)
+    log.refresh()
+    assert log.row("job0") == done
+    assert (log.done, log.failed) == (1, 0)
+
+
+def test_rows_that_are_being_written_are_not_read_before_they_stay(tmp_path: Path) -> None:
+    """As where a disk runs full after some of the rows, which the writer then takes back."""
+    log = ResultsLog(tmp_path)
+    reader = threading.Thread(target=log.refresh)
+    with locked(tmp_path / ".meancache" / "results.lock"):
+        log.path.write_bytes(msgspec.json.encode(make_result(TICKETS[0])) + b"\n")
+        reader.start()
+        time.sleep(0.05)
+        log.path.write_bytes(b"")
+    reader.join()
+    assert log.done == 0
 
 
 def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_line(tmp_path: Path) -> None:

@@ -100,8 +100,8 @@ class ResultsLog:
     def refresh(self) -> None:
         """Read what was appended since.
 
-        Raises `InputError` for a line that is no row, which is then as before, or a log that is
-        shorter than it was or cannot be read.
+        Raises `InputError` for a whole line that is no row, each time until it is mended; for a log
+        that is shorter than it was; and for one that cannot be read.
         """
         # Under the lock: a line cannot be read half from a torn one, half from its replacement.
         if self._size() != self._end:
