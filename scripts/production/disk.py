@@ -1,6 +1,6 @@
 """Targets that run full or cannot be written: one clear error, a whole log, and it goes on after.
 
-usage: disk.py BUNDLE WORK JOBS
+usage: disk.py BUNDLE WORK JOBS [MISHAP ...]
 
 Mounts small file systems in a mount namespace of its own; `disk_faults` starts it so.
 """
@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,16 @@ _ROOM_A_JOB = 12 << 10
 """Bytes of the disk that a picture of the stand-in and its row take, about."""
 
 
-def disk_faults(bundle: Path, work: Path, jobs: int) -> dict[str, Any]:
-    """What is at fault after each mishap; `skipped` says why where nothing can be mounted."""
+def disk_faults(bundle: Path, work: Path, jobs: int, mishaps: Sequence[str] = ()) -> dict[str, Any]:
+    """What is at fault after each of the mishaps named, or all of them.
+
+    `skipped` says why where nothing can be mounted.
+    """
     script = [sys.executable, "-m", "scripts.production.disk", str(bundle), str(work), str(jobs)]
     if reason := why_nothing_can_be_mounted():
         return {"skipped": reason, "faults": []}
     done = subprocess.run(
-        ["unshare", "--mount", "--propagation", "private", *script],
+        ["unshare", "--mount", "--propagation", "private", *script, *mishaps],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -57,17 +60,12 @@ def why_nothing_can_be_mounted() -> str | None:
 
 
 def main() -> None:
-    """Try all mishaps and print what came of them as JSON."""
+    """Try mishaps and print what came of them as JSON."""
     bundle, work, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    chosen = sys.argv[4:] or _MISHAPS
     inputs = Inputs(bundle, write_jobs(work / "jobs.jsonl", count, ["b6"]), count, ("--batch", 2))
     undisturbed = undisturbed_run(inputs, work / "undisturbed")
-    mishaps: dict[str, Callable[[Inputs, Path], str]] = {
-        "runs full": _runs_full,
-        "is read-only from the start": _is_read_only,
-        "is read-only when it is resumed": _is_read_only_later,
-        "becomes read-only": _becomes_read_only,
-    }
-    found = {name: _tried(mishap, inputs, work, undisturbed) for name, mishap in mishaps.items()}
+    found = {name: _tried(_MISHAPS[name], inputs, work, undisturbed) for name in chosen}
     faults = [f"{name}: {fault}" for name, row in found.items() for fault in row["faults"]]
     print(json.dumps({"jobs": count, "mishaps": found, "faults": faults}))
 
@@ -127,6 +125,14 @@ def _becomes_read_only(inputs: Inputs, disk: Path) -> str:
     _run("umount", disk)
     _run("mount", "-o", "loop", image, disk)
     return said
+
+
+_MISHAPS: dict[str, Callable[[Inputs, Path], str]] = {
+    "runs full": _runs_full,
+    "is read-only from the start": _is_read_only,
+    "is read-only when it is resumed": _is_read_only_later,
+    "becomes read-only": _becomes_read_only,
+}
 
 
 def _mount_memory(disk: Path) -> None:

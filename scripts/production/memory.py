@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-
 from scripts.production.inputs import write_jobs
 from scripts.production.outcome import row_count
 from scripts.production.process import finished, started

@@ -7,12 +7,11 @@ import queue
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from scripts.production.inputs import write_jobs
 from scripts.production.outcome import pictures_in
 from scripts.production.process import finished, started, wait_for_rows
@@ -44,11 +43,10 @@ def against_plain_loop(
         _plain_loop(plain, tickets[:2], work / "first")  # loads graphs, as the first run does
         _run(pipeline, tickets[:2], work / "first-run", workers)
         for number in range(rounds):
-            outputs = work / f"plain-{number}", work / f"run-{number}"
-            times["plain"].append(_timed(lambda: _plain_loop(plain, tickets, outputs[0])))
-            start = time.perf_counter()
-            snapshots.append(_run(pipeline, tickets, outputs[1], workers))
-            times["run"].append(time.perf_counter() - start)
+            times["plain"].append(_plain_loop(plain, tickets, work / f"plain-{number}"))
+            seconds, snapshot = _run(pipeline, tickets, work / f"run-{number}", workers)
+            times["run"].append(seconds)
+            snapshots.append(snapshot)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "jobs": jobs,
@@ -57,7 +55,7 @@ def against_plain_loop(
         "pictures_per_s": {name: jobs / seconds for name, seconds in medians.items()},
         "ratio": medians["plain"] / medians["run"],
         "busy": _busy(snapshots),
-        "differing_pictures": _differing(*outputs),
+        "differing_pictures": _differing(work / "plain-0", work / "run-0"),
     }
 
 
@@ -77,11 +75,10 @@ def against_denoising(
         for work_of in denoise:
             work_of(batches[0])  # makes its session
         for number in range(rounds):
-            output = work / f"run-{number}"
-            start = time.perf_counter()
-            snapshots.append(_run(pipeline, tickets, output, workers, batch))
-            times["run"].append(time.perf_counter() - start)
-            times["denoising"].append(_timed(lambda: _denoise(denoise, batches)))
+            seconds, snapshot = _run(pipeline, tickets, work / f"run-{number}", workers, batch)
+            times["run"].append(seconds)
+            snapshots.append(snapshot)
+            times["denoising"].append(_denoise(denoise, batches))
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "jobs": jobs,
@@ -126,12 +123,15 @@ def first_picture_s(bundle: Path, work: Path, *, rounds: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _plain_loop(pipeline: Pipeline, tickets: Sequence[Ticket], output: Path) -> None:
+def _plain_loop(pipeline: Pipeline, tickets: Sequence[Ticket], output: Path) -> float:
+    """Seconds of rendering and saving one after the other."""
     output.mkdir()
+    start = time.perf_counter()
     for ticket in tickets:
         name = ticket.group.schedule.name
         (made,) = pipeline.render([ticket.job.prompt], seed=ticket.seed, schedule=name)
         made.save(output / f"{ticket.job.id}.png")
+    return time.perf_counter() - start
 
 
 def _run(
@@ -140,12 +140,16 @@ def _run(
     output: Path,
     workers: int,
     batch: int | None = None,
-) -> Snapshot:
+) -> tuple[float, Snapshot]:
+    """Seconds of a whole run, with all that it prepares, and its last snapshot."""
     options = run_options(output, batch=batch, workers=workers)
-    return Run(pipeline, tickets, Settings(), options).run(threading.Event())
+    start = time.perf_counter()
+    snapshot = Run(pipeline, tickets, Settings(), options).run(threading.Event())
+    return time.perf_counter() - start, snapshot
 
 
-def _denoise(workers: Sequence[Denoise], batches: Sequence[Encoded]) -> None:
+def _denoise(workers: Sequence[Denoise], batches: Sequence[Encoded]) -> float:
+    """Seconds of denoising alone, by a thread for each of `workers`."""
     waiting: queue.SimpleQueue[Encoded] = queue.SimpleQueue()
     for batch in batches:
         waiting.put(batch)
@@ -159,15 +163,11 @@ def _denoise(workers: Sequence[Denoise], batches: Sequence[Encoded]) -> None:
             denoise(batch)
 
     threads = [threading.Thread(target=work, args=(denoise,)) for denoise in workers]
+    start = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
     return time.perf_counter() - start
 
 
