@@ -13,7 +13,7 @@ from typing import Any
 from scripts.production.outcome import row_count
 
 _ROOT = Path(__file__).parents[2]
-_POLL_S = 0.002
+_POLL_S = 0.01
 
 
 def started(
