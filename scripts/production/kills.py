@@ -73,12 +73,13 @@ def killed_run(
         process, before = inputs.start(output), row_count(output)
         left, more = inputs.count - before, kills - seen["kills"]
         if seen["kills"] % _STARTUP_SHARE == 0 or not left:
-            time.sleep(chance.uniform(0, undisturbed.first_row_s))
+            latest_s = chance.uniform(0, undisturbed.first_row_s)
+            wait_for_rows(process, output, before + 1, latest_s)
         else:
             share = min(2 * left // (more + 1), left // 2)
             wait_for_rows(process, output, before + chance.randint(1, max(share, 1)))
             time.sleep(chance.uniform(0, _PHASE_PICTURES * undisturbed.picture_s))
-        _kill(process, output, seen)
+        _kill(process, output, seen, before)
     finished(inputs.start(output))
     return _result(inputs, output, undisturbed, seen)
 
@@ -109,11 +110,21 @@ def killed_processes(
     for process in team[1:]:
         _kill(process, output, seen)
     finished(team[0])
-    return {"processes": processes, **_result(inputs, output, undisturbed, seen)}
+    rows = row_count(output)
+    finished(inputs.start(output))  # tidies up after those that were killed when all was done
+    found = {"processes": processes, **_result(inputs, output, undisturbed, seen)}
+    if rows < inputs.count:
+        found["faults"].append(f"the one that was left ended with {rows} rows")
+    return found
 
 
-def _kill(process: subprocess.Popen[str], output: Path, seen: Counter[str]) -> None:
-    """Kill a process, and count what it was at as far as its directory tells."""
+def _kill(
+    process: subprocess.Popen[str], output: Path, seen: Counter[str], before: int | None = None
+) -> None:
+    """Kill a process, and count what it was at as far as its directory tells.
+
+    `before` is the count of rows when it was started, where it is alone.
+    """
     is_running = process.poll() is None
     kill(process)
     if not is_running:
@@ -124,7 +135,7 @@ def _kill(process: subprocess.Popen[str], output: Path, seen: Counter[str]) -> N
     traces = {
         "kills": True,
         "before the run was opened": not (output / FOLDER / "run.json").exists(),
-        "before the first row": not rows,
+        "before its first row": rows == before,
         "with a file half written": bool(temporary_files(output)),
         "with files that have no row": sum(1 for _ in output.glob("*.png")) > rows,
         "with a torn row": log.exists() and not log.read_bytes().endswith(b"\n"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -47,7 +48,10 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def wait_for_rows(process: subprocess.Popen[str], output: Path, rows: int) -> None:
-    """Return once the log has so many rows, or the process has ended."""
-    while row_count(output) < rows and process.poll() is None:
+def wait_for_rows(
+    process: subprocess.Popen[str], output: Path, rows: int, latest_s: float = math.inf
+) -> None:
+    """Return once the log has so many rows, the process has ended or the time is over."""
+    end = time.monotonic() + latest_s
+    while row_count(output) < rows and process.poll() is None and time.monotonic() < end:
         time.sleep(_POLL_S)
