@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Collection, Mapping, Sequence
 
+from meancache_trt.errors import RuntimeUnavailableError
 from meancache_trt.media.formats import OutputFormat
 from meancache_trt.production.cautions import cautions_of
 from meancache_trt.production.outputs import OutputDirectory
@@ -34,8 +35,9 @@ class Recorder:
     def record(self, item: Pictures | Failure, undone: Collection[int]) -> list[Result]:
         """Write the files of those tickets whose index is in `undone`; their rows.
 
-        A picture that its format cannot hold is a failed job.
-        Raises `InputError` where a file cannot be written.
+        A picture that a format cannot hold is a failed job, as are a JPEG's prompts without room.
+        Raises `InputError` where a file cannot be written, and `RuntimeUnavailableError` where a
+        library is missing.
         """
         if isinstance(item, Failure):
             is_undone = item.ticket.index in undone
@@ -50,6 +52,8 @@ class Recorder:
         name = self._names[ticket.index]
         try:
             contents = [rendering.encode(form, ticket.job.id) for form in self._formats]
+        except RuntimeUnavailableError:
+            raise
         except Exception as error:  # the job's fault, as of a prompt too long for EXIF
             return self._row(ticket, error=reason(error))
         files = [

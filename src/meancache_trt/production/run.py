@@ -314,7 +314,7 @@ class Run:
 
     def _check_failures(self) -> None:
         allowed = self._options.max_failures
-        # A job that fails once more adds nothing to the log's count.
+        # Of all processes; a job that fails again was counted before this run.
         failed = max(self._log.failed - self._failed_before, len(self._own_failures))
         if allowed is not None and failed > allowed:
             raise RenderError(

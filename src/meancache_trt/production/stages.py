@@ -161,10 +161,12 @@ class Conveyor:
         except Exception as error:
             made = []
             self._fail(item, error)
-        finally:
-            with self._lock:
-                del self._under_way[threading.current_thread()]
-                self.busy_s[stage.name] += time.perf_counter() - start
+        except BaseException as error:  # such as a panic of a library in Rust
+            made = []
+            self.stop(error)
+        with self._lock:
+            del self._under_way[threading.current_thread()]
+            self.busy_s[stage.name] += time.perf_counter() - start
         for following in made:
             self._hand_on(place + 1, following)
 
