@@ -28,8 +28,8 @@ reason for more memory and for pictures that wait longer."""
 _SHARE_OF_FREE = 0.8
 """What batches may use of the memory that is free: the rest is for decoding, writing and others."""
 
-_EVALUATIONS = 3
-"""Timed of each size, after one that allocates; the quickest counts."""
+_EVALUATIONS = 5
+"""Timed of each size, after one that allocates; the quickest counts, which noise reaches least."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def choose_batch(
             problem = error  # below the smallest that is planned, or above the largest
             continue
         used = max(free - graphs.runtime.free_bytes(), 0)
-        is_slower = len(trials) > 1 and trials[-1].picture_ms > trials[-2].picture_ms
-        if is_slower or 2 * used * workers > _SHARE_OF_FREE * free:
+        if 2 * used * workers > _SHARE_OF_FREE * free:  # the next has twice the pictures
             break
     if not trials:
         assert problem is not None
