@@ -74,10 +74,12 @@ class RendererOptions:
 class RendererStatus:
     """How a renderer is doing: jobs that wait and are being rendered, and what became of others.
 
-    `busy` is the share of `uptime_s` that each stage has worked.
+    Of those that wait, `ready` ones are encoded. `busy` is the share of `uptime_s` that each stage
+    has worked.
     """
 
     waiting: int
+    ready: int
     rendering: int
     outcomes: Mapping[OutcomeKind, int]
     busy: Mapping[str, float]
@@ -200,8 +202,10 @@ class Renderer:
         uptime_s = time.monotonic() - self._started if self._started else 0.0
         with self._lock:
             rendering = sum(entry.end is not None for entry in self._entries.values())
+            encoded = sum(entry.encoded is not None for entry in self._entries.values())
             return RendererStatus(
                 waiting=len(self._entries) - rendering,
+                ready=encoded - rendering,
                 rendering=rendering,
                 outcomes=dict(self._counts),
                 busy=self._conveyor.busy(uptime_s),
