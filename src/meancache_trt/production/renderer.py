@@ -194,8 +194,9 @@ class Renderer:
 
     def wait_ms(self, job: Job, *, priority: int = 0) -> float:
         """How long a job that came now would wait for others, if none came after it."""
+        entry = self._entry(job, priority)
         with self._lock:
-            return self._before(self._entry(job, priority))[0]
+            return self._before(entry)[0]
 
     def status(self) -> RendererStatus:
         """How it is doing now; from any thread."""
