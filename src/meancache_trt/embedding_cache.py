@@ -49,6 +49,9 @@ class EmbeddingCache:
         self.directory = directory
         self.cap_bytes = cap_bytes
 
+    def __contains__(self, key: str) -> bool:
+        return self._path(key).exists()
+
     def get(self, key: str) -> Tensors | None:
         """What `put` kept under `key`, a SHA-256; None where it is not there or was damaged."""
         path = self._path(key)
@@ -96,6 +99,9 @@ class RecentEmbeddings:
         self.cap_bytes = cap_bytes
         self._entries: OrderedDict[str, Tensors] = OrderedDict()
         self._held = 0
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
 
     def get(self, key: str) -> Tensors | None:
         """What `put` kept, if it is still there."""

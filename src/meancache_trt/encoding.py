@@ -159,8 +159,18 @@ class BundleEncoder:
                     f"bundle takes {self._text_tokens} text tokens: encode the prompts with it"
                 )
 
+    def missing(self, prompts: Sequence[str]) -> int:
+        """How many distinct prompts an encoder would have to run for; any thread may ask."""
+        return sum(not self._is_known(self._key(prompt)) for prompt in set(prompts))
+
+    def _is_known(self, key: str) -> bool:
+        return key in self._recent or (self._cache is not None and key in self._cache)
+
+    def _key(self, prompt: str) -> str:
+        return digest_of(encode_json([*self._kind, prompt]))
+
     def _encoded(self, prompt: str) -> Tensors:
-        key = digest_of(encode_json([*self._kind, prompt]))
+        key = self._key(prompt)
         known = self._recent.get(key)
         if known is not None:
             return known
