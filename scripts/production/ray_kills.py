@@ -23,7 +23,8 @@ from meancache_trt.production.job_files import read_jobs
 from meancache_trt.production.jobs import Limits
 from meancache_trt.production.limits import Guard
 from meancache_trt.production.names import NameTemplate
-from meancache_trt.production.ray_data import Cluster, Opening, RayRun, ShareActor
+from meancache_trt.production.ray_cluster import Cluster
+from meancache_trt.production.ray_data import Opening, RayRun, ShareActor
 from meancache_trt.production.results import LOG
 from meancache_trt.production.run import RunOptions
 from meancache_trt.production.snapshot import Snapshot

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,11 +30,19 @@ from typing import Any
 import msgspec
 
 from meancache_trt import errors
-from meancache_trt.errors import InputError, MeanCacheError, RenderError, RuntimeUnavailableError
+from meancache_trt.errors import InputError, MeanCacheError, RenderError
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.meancache.schedule import load_schedule
 from meancache_trt.production.chunks import Chunk
 from meancache_trt.production.jobs import Job, Limits
+from meancache_trt.production.ray_cluster import (
+    Cluster,
+    actor_pool,
+    import_ray,
+    joined_cluster,
+    last_line,
+    quiet_data_context,
+)
 from meancache_trt.production.results import ResultsLog
 from meancache_trt.production.run import Run, RunOptions
 from meancache_trt.production.run_folder import scratch
@@ -50,13 +56,6 @@ _AT_ONCE = 3
 SHARES_AN_ACTOR = 64
 """At the end of a run an actor may have nothing left while another still has `_AT_ONCE` shares:
 less than a twentieth of its time."""
-
-_INIT_DEATHS = 8
-"""Actors that may die one after the other while they open the bundle, before the run ends: more
-than bad luck, as where memory is too small for it."""
-
-_STORE_BYTES = 128 << 20
-"""Object store of a local Ray, beside the jobs: it holds numbers. Ray takes no less than 75 MiB."""
 
 _LOOK_S = 0.5
 """How often the driver reads the log, and an actor looks whether it is to stop."""
@@ -81,18 +80,6 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Where a run goes: the address of a Ray cluster, or None for one of its own on this machine.
-
-    An address is what `ray.init` takes: "auto", HOST:PORT or ray://HOST:PORT. `actors` is how many
-    to use: by default one for each GPU, or where there is none as many as the cores suffice for.
-    """
-
-    address: str | None = None
-    actors: int | None = None
-
-
-@dataclass(frozen=True)
 class _Order:
     """What all actors are told. They stop when the directory `wanted` goes away."""
 
@@ -103,20 +90,6 @@ class _Order:
     options: RunOptions
     shares: int
     wanted: Path
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """How many actors, what Ray keeps free for each, and the threads of a graph."""
-
-    actors: int
-    threads: int
-    cores: int
-    has_gpus: bool = False
-
-    @property
-    def resources(self) -> dict[str, float]:
-        return {"num_gpus": 1} if self.has_gpus else {"num_cpus": self.cores}
 
 
 class RayRun:
@@ -138,7 +111,7 @@ class RayRun:
         defaults: Defaults,
         limits: Limits,
     ) -> None:
-        _import_ray()
+        import_ray()
         self._opening, self._options = _absolute(opening, options)
         self._defaults = _without_path(defaults)
         self._settings, self._limits, self._cluster = settings, limits, cluster
@@ -165,7 +138,7 @@ class RayRun:
             with (
                 scratch(self._options.output) as wanted,
                 self._watching(stop, wanted),
-                _ray(self._cluster.address, self._content()) as jobs,
+                joined_cluster(self._cluster.address, self._content()) as jobs,
             ):
                 self._check(self._outcomes(wanted, jobs), wanted)
             with scratch(self._options.output):
@@ -218,8 +191,8 @@ class RayRun:
 
     def _outcomes(self, wanted: Path, jobs: Any) -> Iterator[Mapping[str, str]]:
         """A row for each share that is through, as they come."""
-        ray = _import_ray()
-        pool = _pool(ray.nodes(), self._cluster, self._opening.threads, self._options.workers)
+        ray = import_ray()
+        pool = actor_pool(ray.nodes(), self._cluster, self._opening.threads, self._options.workers)
         shares = max(1, min(len(self._tickets), pool.actors * SHARES_AN_ACTOR))
         order = _Order(
             replace(self._opening, threads=pool.threads),
@@ -230,7 +203,7 @@ class RayRun:
             shares,
             wanted,
         )
-        with _quiet_data_context():
+        with quiet_data_context():
             numbers = ray.data.from_items(
                 [{"share": number} for number in range(shares)], override_num_blocks=shares
             )
@@ -251,7 +224,7 @@ class RayRun:
 
     def _check(self, outcomes: Iterator[Mapping[str, str]], wanted: Path) -> None:
         """Wait for all; raise the first error, after the others have ended in order."""
-        ray = _import_ray()
+        ray = import_ray()
         first: MeanCacheError | None = None
         try:
             for outcome in outcomes:
@@ -260,7 +233,7 @@ class RayRun:
                     _withdraw(wanted)
         except ray.exceptions.RayError as error:
             raise RenderError(
-                f"Ray ended the run: {_last_line(error)}. Run the same command again: it goes on "
+                f"Ray ended the run: {last_line(error)}. Run the same command again: it goes on "
                 "where it stopped"
             ) from error
         if first is not None:
@@ -310,7 +283,7 @@ class ShareActor:
             )
         )
         checker = Checker(pipeline, order.settings, order.defaults, order.limits)
-        content = msgspec.json.decode(_import_ray().get(jobs), type=list[tuple[int, Job]])
+        content = msgspec.json.decode(import_ray().get(jobs), type=list[tuple[int, Job]])
         tickets = [checker.check(index, job) for index, job in content]
         self._run = Run(pipeline, tickets, order.settings, order.options)
         self._resources.enter_context(self._run.opened(self._stop))
@@ -351,101 +324,6 @@ def _withdraw(wanted: Path) -> None:
         wanted.rmdir()
 
 
-def _import_ray() -> Any:
-    try:
-        import ray  # noqa: PLC0415  the extra
-        import ray.data  # noqa: PLC0415
-    except ImportError as error:
-        raise RuntimeUnavailableError(
-            "a run on Ray needs the package ray, which is not installed; run "
-            "`pip install 'meancache-trt[ray]'`"
-        ) from error
-    return ray
-
-
-@contextlib.contextmanager
-def _ray(address: str | None, content: bytes) -> Iterator[Any]:
-    """Yield `content` in the object store of a cluster; end a Ray that was started for it."""
-    ray = _import_ray()
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        with _handler_kept():
-            _connect(address, len(content))
-    try:
-        yield ray.put(content)
-    finally:
-        if is_ours:
-            ray.shutdown()
-
-
-def _connect(address: str | None, content_bytes: int) -> None:
-    ray = _import_ray()
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        store_bytes = _STORE_BYTES + 2 * content_bytes
-        ray.init("local", include_dashboard=False, object_store_memory=store_bytes, **quiet)
-        return
-    try:
-        ray.init(address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RuntimeUnavailableError(
-            f"no Ray cluster answers at {address!r} ({_last_line(error)}); start one with "
-            "`ray start --head`, or give no address to use this machine alone"
-        ) from error
-
-
-@contextlib.contextmanager
-def _handler_kept() -> Iterator[None]:
-    """Keep the handler of SIGTERM, which `ray.init` replaces in the main thread."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-
-@contextlib.contextmanager
-def _quiet_data_context() -> Iterator[None]:
-    """Ray Data's settings for a run; those of this process come back."""
-    data = _import_ray().data
-    logger = logging.getLogger("ray.data")
-    context, level = data.DataContext.get_current().copy(), logger.level
-    logger.setLevel(logging.ERROR)
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # a share may take hours
-    context.max_consecutive_actor_init_deaths = _INIT_DEATHS
-    try:
-        with data.DataContext.current(context):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _pool(
-    nodes: Sequence[Mapping[str, Any]], cluster: Cluster, threads: int, workers: int
-) -> _Pool:
-    """One actor for each GPU, or as many as the cores suffice for."""
-    found = [node["Resources"] for node in nodes if node["Alive"]]
-    gpus = sum(int(node.get("GPU", 0)) for node in found)
-    cores = [int(node.get("CPU", 0)) for node in found if node.get("CPU", 0) >= 1]
-    if gpus:
-        return _Pool(cluster.actors or gpus, threads, 0, has_gpus=True)
-    if not cores:
-        raise InputError(
-            "the Ray cluster has no cores and no GPUs; start nodes with `ray start --num-cpus N`"
-        )
-    each = threads * workers or max(1, min(cores) // -(-(cluster.actors or 1) // len(cores)))
-    actors = cluster.actors or sum(count // each for count in cores)
-    if max(cores) < each:
-        raise InputError(
-            f"an actor needs {each} cores, the largest node of the Ray cluster has {max(cores)}; "
-            "give fewer --threads or --workers"
-        )
-    return _Pool(actors, threads or max(1, each // workers), each)
-
-
 def _absolute(opening: Opening, options: RunOptions) -> tuple[Opening, RunOptions]:
     """The same paths for actors, whose working directory is another."""
     cache = opening.embedding_cache
@@ -464,7 +342,3 @@ def _without_path(defaults: Defaults) -> Defaults:
     if isinstance(schedule, str | Path) and Path(schedule).suffix == ".json":
         return replace(defaults, schedule=load_schedule(schedule))
     return defaults
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip(" .")
