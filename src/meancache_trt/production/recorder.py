@@ -34,6 +34,7 @@ class Recorder:
     def record(self, item: Pictures | Failure, undone: Collection[int]) -> list[Result]:
         """Write the files of those tickets whose index is in `undone`; their rows.
 
+        A picture that its format cannot hold is a failed job.
         Raises `InputError` where a file cannot be written.
         """
         if isinstance(item, Failure):
@@ -46,8 +47,15 @@ class Recorder:
         ]
 
     def _picture(self, ticket: Ticket, rendering: Rendering, batch: int) -> Result:
-        name, job_id = self._names[ticket.index], ticket.job.id
-        files = [self._output.write(rendering, form, name, job_id) for form in self._formats]
+        name = self._names[ticket.index]
+        try:
+            contents = [rendering.encode(form, ticket.job.id) for form in self._formats]
+        except Exception as error:  # the job's fault, as of a prompt too long for EXIF
+            return self._row(ticket, error=reason(error))
+        files = [
+            self._output.write_bytes(content, name + form.suffix)
+            for content, form in zip(contents, self._formats, strict=True)
+        ]
         return self._row(
             ticket,
             files=tuple(files),
