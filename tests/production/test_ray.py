@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -28,7 +29,7 @@ from meancache_trt.production.job_files import read_jobs
 from meancache_trt.production.jobs import Limits
 from meancache_trt.production.limits import Guard
 from meancache_trt.production.names import NameTemplate
-from meancache_trt.production.ray_cluster import Cluster, actor_pool
+from meancache_trt.production.ray_cluster import Cluster, actor_pool, joined_cluster
 from meancache_trt.production.ray_data import Opening, RayRun, shared_out
 from meancache_trt.production.results import LOG
 from meancache_trt.production.run import Run, RunOptions
@@ -291,6 +292,18 @@ def test_a_cluster_without_room_for_an_actor_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=reason):
         actor_pool(nodes, Cluster(), 3, 1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        with (
+            pytest.raises(RuntimeUnavailableError, match=f"no Ray cluster answers at '{address}'"),
+            joined_cluster(address, b""),
+        ):
+            pass
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ than bad luck, as where memory is too small for it."""
 
 _STORE_BYTES = 128 << 20
 """Object store of a local Ray, beside the jobs: it holds numbers. Ray takes no less than 75 MiB."""
+
+_PORT_S = 10.0
+"""How long the port of a cluster may take to answer: longer than any network that can carry it."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,20 @@ def _connect(address: str | None, content_bytes: int) -> None:
         ray.init("local", include_dashboard=False, object_store_memory=store_bytes, **quiet)
         return
     try:
+        _check_port(address)
         ray.init(address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise RuntimeUnavailableError(
             f"no Ray cluster answers at {address!r} ({last_line(error)}); start one with "
             "`ray start --head`, or give no address to use this machine alone"
         ) from error
+
+
+def _check_port(address: str) -> None:
+    """Raise `OSError` where nobody listens, for which Ray would wait several minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PORT_S).close()
 
 
 @contextlib.contextmanager
