@@ -300,7 +300,9 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
         port = server.getsockname()[1]
     for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
         with (
-            pytest.raises(RuntimeUnavailableError, match=f"no Ray cluster answers at '{address}'"),
+            pytest.raises(
+                RuntimeUnavailableError, match=f"cannot join a Ray cluster at '{address}'"
+            ),
             joined_cluster(address, b""),
         ):
             pass

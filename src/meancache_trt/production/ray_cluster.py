@@ -70,7 +70,7 @@ def joined_cluster(address: str | None, content: bytes) -> Iterator[Any]:
 
     A Ray that this process has is used, whatever its address, and left as it is. Otherwise one is
     joined or, for None, started on this machine, and shut down at the end. Raises
-    `RuntimeUnavailableError` where no cluster answers.
+    `RuntimeUnavailableError` where none can be joined.
     """
     ray = import_ray()
     is_ours = not ray.is_initialized()
@@ -96,8 +96,8 @@ def _connect(address: str | None, content_bytes: int) -> None:
         ray.init(address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         raise RuntimeUnavailableError(
-            f"no Ray cluster answers at {address!r} ({last_line(error)}); start one with "
-            "`ray start --head`, or give no address to use this machine alone"
+            f"cannot join a Ray cluster at {address!r} ({last_line(error)}); check that it runs and "
+            "takes this process's token, or give no address to use this machine alone"
         ) from error
 
 

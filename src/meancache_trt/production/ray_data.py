@@ -130,7 +130,7 @@ class RayRun:
         no Ray. A handler of SIGTERM that the caller has set stays.
 
         Raises what `Run.run` does, whichever actor met it first; the others then end what they
-        have under way. Raises `RuntimeUnavailableError` where no cluster answers at the address,
+        have under way. Raises `RuntimeUnavailableError` where no cluster can be joined there,
         and `RenderError` where Ray gives up.
         """
         self._started = time.monotonic()
