@@ -96,8 +96,8 @@ def _connect(address: str | None, content_bytes: int) -> None:
         ray.init(address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         raise RuntimeUnavailableError(
-            f"cannot join a Ray cluster at {address!r} ({last_line(error)}); check that it runs and "
-            "takes this process's token, or give no address to use this machine alone"
+            f"cannot join a Ray cluster at {address!r} ({last_line(error)}); check that it runs "
+            "and takes this process's token, or give no address to use this machine alone"
         ) from error
 
 
