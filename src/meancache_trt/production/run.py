@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -203,24 +204,23 @@ class Run:
 
     def chunks(self) -> list[Chunk]:
         """All jobs as chunks, the same in every process; the first one measures batch sizes."""
-        sizes: dict[Group, GroupSizes] = {}
-        for ticket in self._tickets:
-            if ticket.group not in sizes:
-                sizes[ticket.group] = self._sizes(ticket)
+        jobs = Counter(ticket.group for ticket in self._tickets)
+        members = {ticket.group: ticket for ticket in self._tickets}
+        sizes = {group: self._sizes(members[group], count) for group, count in jobs.items()}
         return chunks_of(
             self._tickets,
             lambda group: sizes[group].batch_size,
             lambda group: sizes[group].batches_a_chunk,
         )
 
-    def _sizes(self, ticket: Ticket) -> GroupSizes:
+    def _sizes(self, ticket: Ticket, jobs: int) -> GroupSizes:
         """What all processes of the run cut a group by: measured by the first that meets it."""
         options, graphs = self._options, self._pipeline.graphs
 
         def measure() -> GroupSizes:
             batch = options.batch
             if batch is None:
-                limit, workers = options.batch_limit, options.workers
+                limit, workers = min(options.batch_limit, jobs), options.workers
                 batch, _ = choose_batch(graphs, ticket.group, limit=limit, workers=workers)
             has_lengths = len(graphs.bundle.export.text_lengths) > 1
             return GroupSizes(batch, BATCHES_A_CHUNK if has_lengths else 1)
