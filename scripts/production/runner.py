@@ -31,7 +31,7 @@ def main() -> None:
     """Run until all is done, or SIGTERM."""
     options = _parser().parse_args()
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    _set_by_sigterm(stop)
     try:
         with load(options.bundle, threads=1, embedding_cache=options.cache) as pipeline:
             tickets = read_tickets(pipeline, options.jobs)
@@ -65,6 +65,17 @@ def run_options(
         workers=workers,
         batch=batch,
     )
+
+
+def _set_by_sigterm(stop: threading.Event) -> None:
+    """In a thread: a handler would deadlock where it interrupts the event's own code."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGTERM})
+        stop.set()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _parser() -> argparse.ArgumentParser:
