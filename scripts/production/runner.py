@@ -8,6 +8,7 @@ Prints the last snapshot as JSON; an error is one message on stderr and exit sta
 from __future__ import annotations
 
 import argparse
+import queue
 import signal
 import sys
 import threading
@@ -68,11 +69,12 @@ def run_options(
 
 
 def _set_by_sigterm(stop: threading.Event) -> None:
-    """In a thread: a handler would deadlock where it interrupts the event's own code."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    """By way of a thread: a handler that interrupts the event's own code would wait for ever."""
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+    signal.signal(signal.SIGTERM, lambda number, _: arrived.put(number))
 
     def wait() -> None:
-        signal.sigwait({signal.SIGTERM})
+        arrived.get()
         stop.set()
 
     threading.Thread(target=wait, daemon=True).start()
