@@ -14,6 +14,8 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import MeanCacheError
 from meancache_trt.meancache.schedule import Schedule, bake, load_schedule, save_schedule
+from meancache_trt.production.jobs import Job
+from meancache_trt.production.renderer import Renderer
 from meancache_trt.render import Pipeline, load
 from meancache_trt.rendering import Rendering
 
@@ -22,8 +24,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Bundle",
     "Conditioning",
+    "Job",
     "MeanCacheError",
     "Pipeline",
+    "Renderer",
     "Rendering",
     "Schedule",
     "bake",

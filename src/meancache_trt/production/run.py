@@ -35,7 +35,7 @@ from meancache_trt.production.run_folder import (
 )
 from meancache_trt.production.snapshot import Snapshot
 from meancache_trt.production.stages import Conveyor, Stage
-from meancache_trt.production.tickets import Group, Settings, Ticket
+from meancache_trt.production.tickets import Settings, Ticket
 from meancache_trt.production.work import (
     Cancelled,
     Decode,
