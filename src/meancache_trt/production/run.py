@@ -52,9 +52,9 @@ BATCHES_A_CHUNK = 4
 """Where prompts differ in text length, a chunk is cut into batches of one length each: the more
 prompts, the fuller these are, and the more is rendered again after a kill."""
 
-_ROOM = 2
-"""Items that wait before a stage: the next one is there when a stage ends one, with one to spare.
-"""
+_ROOM = 1
+"""Items that wait before a stage: the next one is there when a stage ends one. More would only be
+claimed earlier, and keep other processes from them."""
 
 _WRITERS = 2
 """Threads that compress and write: one may wait for the disk while the other compresses."""
