@@ -96,15 +96,18 @@ def made_directory(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it on success and vanishes on failure.
+def atomic_write(path: Path, directory: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` on success and vanishes on failure.
 
-    The bytes are synced before the rename, so that a reader sees the old file or the whole new
-    one. Raises `InputError` where the directory is missing, read-only or full.
+    It lies in `directory`, which has to be on the same file system; by default beside `path`. The
+    bytes are synced before the rename, so that a reader sees the old file or the whole new one.
+    Raises `InputError` where the directory is missing, read-only or full.
     """
     try:
         handle, name = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent
+            prefix=f".{path.name[:32]}.",  # the name may already be as long as names can be
+            suffix=path.suffix,
+            dir=directory or path.parent,
         )
         os.close(handle)
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import InputError
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.meancache.files import made_directory, read_bytes
+from meancache_trt.production.names import slug
 from meancache_trt.render import load
 from meancache_trt.rendering import NoiseSource, Rendering
 
@@ -157,7 +157,7 @@ def output_directory(directory: Path) -> Iterator[Callable[[int, Rendering], Pat
     written: list[Path] = []
 
     def save(index: int, rendering: Rendering) -> Path:
-        path = directory / f"{index:04d}-{_slug(rendering.prompt)}.png"
+        path = directory / f"{index:04d}-{slug(rendering.prompt)}.png"
         is_replaced = path.exists()
         rendering.save(path)
         written.extend([] if is_replaced else [path])
@@ -194,11 +194,6 @@ def read_prompts(file: Path) -> list[str]:
     if not prompts:
         raise InputError(f"expected one prompt a line in {file}, found none; write some")
     return prompts
-
-
-def _slug(prompt: str) -> str:
-    words = re.findall(r"[a-z0-9]+", prompt.lower())
-    return "-".join(words)[:48].rstrip("-") or "picture"
 
 
 def _print_summary(renderings: list[Rendering], paths: list[Path], *, as_json: bool) -> None:
