@@ -125,6 +125,16 @@ def atomic_write(path: Path, directory: Path | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make new files and renames in `folder` last, where the system can sync a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def _unwritable(path: Path, error: OSError) -> str:
     return (
         f"cannot write {path}: {error.strerror}; nothing was left behind. Check that the directory "

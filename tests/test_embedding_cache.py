@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from meancache_trt.embedding_cache import EmbeddingCache, open_cache
+from meancache_trt.embedding_cache import EmbeddingCache, RecentEmbeddings, open_cache
 
 ENTRY_BYTES = 1 << 12
 
@@ -175,3 +175,20 @@ def test_the_cache_lies_in_the_users_cache_directory_unless_told_otherwise(tmp_p
     assert chosen is not None
     assert chosen.directory == tmp_path / "mine"
     assert open_cache("off") is None
+
+
+def test_memory_keeps_the_last_used_up_to_its_cap():
+    entry = tensors()
+    recent = RecentEmbeddings(2 * sum(tensor.nbytes for tensor in entry.values()))
+    recent.put("a", entry)
+    recent.put("b", tensors(2))
+    assert recent.get("a") is entry
+    recent.put("c", tensors(3))
+    assert recent.get("b") is None
+    assert recent.get("a") is entry
+
+
+def test_memory_keeps_nothing_that_is_larger_than_its_cap():
+    recent = RecentEmbeddings(1)
+    recent.put("a", tensors())
+    assert recent.get("a") is None

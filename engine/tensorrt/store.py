@@ -18,7 +18,7 @@ from meancache_trt.engine.tensorrt.record import PlanFile, PlanKey, PlanRecord
 from meancache_trt.engine.tensorrt.target import has_bfloat16
 from meancache_trt.errors import BundleError, InputError, PlanMismatchError
 from meancache_trt.manifest import Component
-from meancache_trt.meancache.files import decode_json, encode_json
+from meancache_trt.meancache.files import decode_json, encode_json, sync_folder
 from meancache_trt.meancache.hashing import digest_of, remember_sha256, sha256_of, verified_sha256
 
 KIND = "plans"
@@ -120,7 +120,7 @@ class PlanStore:
             plan.replace(target)
         except OSError as error:
             raise self._unwritable(error) from error
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         placed = msgspec.structs.replace(record, file=file)
         is_other = before is None or before.file.path != path
         try:
@@ -253,16 +253,6 @@ def _matched(path: Path) -> str:
     found = _FILE.fullmatch(path.name)
     assert found is not None
     return found[1]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last, where the system can sync a folder."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _described(record: PlanRecord) -> str:

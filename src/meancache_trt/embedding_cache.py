@@ -1,7 +1,8 @@
-"""Encoded prompts on disk, so that a prompt is encoded once on a machine.
+"""Encoded prompts on disk, so that a prompt is encoded once on a machine, and the last in memory.
 
-One safetensors file an entry, named after its key. Entries do not hold the prompts' text. Several
-processes may share a directory: files are written whole, and one that vanishes is a miss.
+On disk an entry is one safetensors file, named after its key. Entries do not hold the prompts'
+text. Several processes may share a directory: files are written whole, and one that vanishes is a
+miss.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ Tensors = dict[str, NDArray[Any]]
 
 DEFAULT_CAP_BYTES = 1 << 30
 """1 GiB: 128 prompts of FLUX.1 at 512 text tokens, thousands of the packaged model."""
+
+RECENT_BYTES = 64 << 20
+"""64 MiB: eight prompts of FLUX.1 at 512 text tokens, such as negative prompts that many share."""
 
 OFF = "off"
 
@@ -43,6 +48,9 @@ class EmbeddingCache:
     def __init__(self, directory: Path, cap_bytes: int = DEFAULT_CAP_BYTES) -> None:
         self.directory = directory
         self.cap_bytes = cap_bytes
+
+    def __contains__(self, key: str) -> bool:
+        return self._path(key).exists()
 
     def get(self, key: str) -> Tensors | None:
         """What `put` kept under `key`, a SHA-256; None where it is not there or was damaged."""
@@ -84,6 +92,32 @@ class EmbeddingCache:
             excess -= size
 
 
+class RecentEmbeddings:
+    """Tensors by key in memory, at most `cap_bytes` of them: the longest unused go first."""
+
+    def __init__(self, cap_bytes: int = RECENT_BYTES) -> None:
+        self.cap_bytes = cap_bytes
+        self._entries: OrderedDict[str, Tensors] = OrderedDict()
+        self._held = 0
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def get(self, key: str) -> Tensors | None:
+        """What `put` kept, if it is still there."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: str, tensors: Tensors) -> None:
+        """Keep tensors, which nobody may write to, under a new key."""
+        self._entries[key] = tensors
+        self._held += _size_bytes(tensors)
+        while self._held > self.cap_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self._held -= _size_bytes(oldest)
+
+
 def open_cache(directory: Path | str | None) -> EmbeddingCache | None:
     """The cache in a directory; None means the user's cache directory, "off" no cache."""
     if directory == OFF:
@@ -91,6 +125,10 @@ def open_cache(directory: Path | str | None) -> EmbeddingCache | None:
     if directory is None:
         directory = Path(platformdirs.user_cache_dir("meancache-trt")) / "embeddings"
     return EmbeddingCache(Path(directory))
+
+
+def _size_bytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]]) -> str:

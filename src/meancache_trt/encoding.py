@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.conditioning import Conditioning, paired
-from meancache_trt.embedding_cache import EmbeddingCache
+from meancache_trt.embedding_cache import EmbeddingCache, RecentEmbeddings
 from meancache_trt.errors import BundleError, InputError, RuntimeUnavailableError
 from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.registry import FAMILIES
@@ -80,6 +80,7 @@ class BundleEncoder:
             if record.role in ("conditioning", "text_mask")
         }
         self._cache = cache
+        self._recent = RecentEmbeddings()
         self._keep_encoders = keep_encoders
         self._encoder: GraphEncoder | PromptEncoder
         text_graphs = export.text_graphs() if precision == "float32" else {}
@@ -158,8 +159,26 @@ class BundleEncoder:
                     f"bundle takes {self._text_tokens} text tokens: encode the prompts with it"
                 )
 
+    def missing(self, prompts: Sequence[str]) -> int:
+        """How many distinct prompts an encoder would have to run for; any thread may ask."""
+        return sum(not self._is_known(self._key(prompt)) for prompt in set(prompts))
+
+    def _is_known(self, key: str) -> bool:
+        return key in self._recent or (self._cache is not None and key in self._cache)
+
+    def _key(self, prompt: str) -> str:
+        return digest_of(encode_json([*self._kind, prompt]))
+
     def _encoded(self, prompt: str) -> Tensors:
-        key = digest_of(encode_json([*self._kind, prompt]))
+        key = self._key(prompt)
+        known = self._recent.get(key)
+        if known is not None:
+            return known
+        tensors = self._kept_or_made(key, prompt)
+        self._recent.put(key, tensors)
+        return tensors
+
+    def _kept_or_made(self, key: str, prompt: str) -> Tensors:
         known = self._cache.get(key) if self._cache else None
         if known is not None:
             return known

@@ -52,7 +52,7 @@ def to_exif(metadata: Mapping[str, str]) -> bytes:
     from PIL.Image import Exif  # noqa: PLC0415
 
     exif = Exif()
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + to_comment(metadata).encode()
+    exif[_EXIF_IFD] = {_USER_COMMENT: _ASCII + to_comment(metadata).encode()}
     block = exif.tobytes()
     if len(block) > _LONGEST_EXIF:
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from meancache_trt.errors import PlanMismatchError
 from meancache_trt.graphs import Graphs
-from meancache_trt.manifest import batch_symbols
+from meancache_trt.manifest import Resolution, batch_symbols
 from meancache_trt.production.tickets import Group
 from meancache_trt.session import Session
 
@@ -28,8 +27,8 @@ reason for more memory and for pictures that wait longer."""
 _SHARE_OF_FREE = 0.8
 """What batches may use of the memory that is free: the rest is for decoding, writing and others."""
 
-_EVALUATIONS = 3
-"""Timed of each size, after one that allocates; the quickest counts."""
+_EVALUATIONS = 5
+"""Timed of each size, after one that allocates; the quickest counts, which noise reaches least."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,14 @@ def choose_batch(
     trials: list[Trial] = []
     free = graphs.runtime.free_bytes()
     problem: PlanMismatchError | None = None
-    for batch in _sizes(limit):
+    for batch in sizes_up_to(limit):
         try:
             trials.append(Trial(batch, _picture_ms(graphs, group, batch)))
         except PlanMismatchError as error:
             problem = error  # below the smallest that is planned, or above the largest
             continue
         used = max(free - graphs.runtime.free_bytes(), 0)
-        is_slower = len(trials) > 1 and trials[-1].picture_ms > trials[-2].picture_ms
-        if is_slower or 2 * used * workers > _SHARE_OF_FREE * free:
+        if 2 * used * workers > _SHARE_OF_FREE * free:  # the next has twice the pictures
             break
     if not trials:
         assert problem is not None
@@ -69,7 +67,8 @@ def choose_batch(
     return chosen, trials
 
 
-def _sizes(limit: int) -> list[int]:
+def sizes_up_to(limit: int) -> list[int]:
+    """1, 2, 4 … and the limit itself."""
     powers = [1 << exponent for exponent in range(limit.bit_length()) if 1 << exponent <= limit]
     return powers if powers[-1] == limit else [*powers, limit]
 
@@ -79,7 +78,7 @@ def _picture_ms(graphs: Graphs, group: Group, batch: int) -> float:
     with graphs.runtime.turn():
         session = Session(graphs, group.schedule, group.resolution, batch=batch)
     latents = np.zeros((batch, *group.resolution.latent_shape), np.float32)
-    conditioning = _blank(graphs, group, batch)
+    conditioning = blank_conditioning(graphs, group.resolution, batch)
     scale = graphs.bundle.export.guidance.default_scale
     times = []
     for _ in range(1 + _EVALUATIONS):
@@ -89,9 +88,11 @@ def _picture_ms(graphs: Graphs, group: Group, batch: int) -> float:
     return min(times[1:]) / batch
 
 
-def _blank(graphs: Graphs, group: Group, batch: int) -> Mapping[str, NDArray[Any]]:
-    """Conditioning of prompts that have all the tokens there can be."""
-    sizes = {**group.resolution.symbols, **batch_symbols(batch)}
+def blank_conditioning(
+    graphs: Graphs, resolution: Resolution, batch: int
+) -> dict[str, NDArray[Any]]:
+    """Conditioning of prompts that have all the tokens of the resolution's text length."""
+    sizes = {**resolution.symbols, **batch_symbols(batch)}
     inputs = graphs.network("transformer").inputs
     return {
         name: (np.ones if record.role == "text_mask" else np.zeros)(

@@ -33,16 +33,25 @@ def cautions_of(pixels: NDArray[np.float32] | None, schedule: Schedule) -> tuple
 
 
 def _of_pixels(pixels: NDArray[np.float32]) -> Iterator[str]:
-    samples = pixels.reshape(-1, 3)
-    if samples.std(axis=0, dtype=np.float64).max() < FLAT_DEVIATION:
+    frames = pixels.reshape(-1, *pixels.shape[-3:])
+    if _deviation(frames) < FLAT_DEVIATION:
         yield "the picture is of a single colour"
         return
-    share = float(((samples <= 0) | (samples >= 1)).any(axis=1).mean())
+    clipped = [((frame <= 0) | (frame >= 1)).any(axis=-1).mean() for frame in frames]
+    share = float(np.mean(clipped))
     if share > CLIPPED_SHARE:
         yield (
-            f"{share:.0%} of the pixels are black, white or at the end of some channel; ordinary "
-            f"are less than {CLIPPED_SHARE:.0%}"
+            f"{share:.0%} of the pixels are clipped in some channel; of an ordinary picture it is "
+            f"less than {CLIPPED_SHARE:.0%}"
         )
+
+
+def _deviation(frames: NDArray[np.float32]) -> float:
+    """Standard deviation of the channel that varies most; frame by frame, to spare memory."""
+    means = [frame.mean(axis=(0, 1), dtype=np.float64) for frame in frames]
+    squares = [np.square(frame, dtype=np.float64).mean(axis=(0, 1)) for frame in frames]
+    variance = np.mean(squares, axis=0) - np.mean(means, axis=0) ** 2
+    return float(np.sqrt(variance.max().clip(0)))
 
 
 def _of_schedule(schedule: Schedule) -> Iterator[str]:

@@ -109,7 +109,7 @@ def _json_rows(file: BinaryIO, limits: Limits) -> Iterator[_Row]:
                 raise content
             if not content.strip():
                 continue
-            fields = decode_object(content)
+            fields = decode_object(content.rstrip())
             if fields.get("id") is None:
                 fields["id"] = _numbered(number)
             yield number, fields

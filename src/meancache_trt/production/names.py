@@ -72,6 +72,9 @@ class Field:
                 f"expected a field such as {example}, found {{{self.name}:{self.spec}}}"
             )
 
+    def __str__(self) -> str:
+        return f"{{{self.name}:{self.spec}}}" if self.spec else f"{{{self.name}}}"
+
     def fill(self, ticket: Ticket) -> str:
         """The field's text for a job. Raises `InputError` for one that no name may have."""
         value = _FIELDS[self.name](ticket)
@@ -106,6 +109,9 @@ class NameTemplate:
             raise InputError(f"not a name template: {text!r} ({error})") from error
         _check_path("".join(piece if isinstance(piece, str) else "x" for piece in pieces))
         return cls(tuple(pieces))
+
+    def __str__(self) -> str:
+        return "".join(map(str, self.pieces))
 
     def fill(self, ticket: Ticket) -> str:
         """A job's name: a relative path with "/", without a suffix.

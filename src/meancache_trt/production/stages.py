@@ -84,6 +84,13 @@ class Conveyor:
             name: waiting.qsize() for name, waiting in zip(self.busy_s, self._queues, strict=True)
         }
 
+    def busy(self, elapsed_s: float) -> dict[str, float]:
+        """The share of their time in which the threads of each stage worked, of `elapsed_s`."""
+        return {
+            name: busy_s / (elapsed_s * self.threads[name]) if elapsed_s else 0.0
+            for name, busy_s in self.busy_s.items()
+        }
+
     def put(self, item: Any) -> None:
         """Hand an item to the first stage; waits while there is no room.
 

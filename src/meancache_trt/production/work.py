@@ -232,7 +232,7 @@ _NO_PIXELS = np.zeros((0, 0, 3), np.float32)
 
 
 def tried_apart(run: Callable[[Any], list[Any]], batch: Any) -> list[Any]:
-    """`run(batch)`; where it raises, each of its pictures alone, and those that raise as failures."""
+    """`run(batch)`, or where that raises each of its pictures alone, and failures of the rest."""
     try:
         return run(batch)
     except Cancelled as error:

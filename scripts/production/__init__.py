@@ -1,0 +1,1 @@
+"""What `scripts/prove production` is made of."""
