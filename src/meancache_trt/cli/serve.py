@@ -67,7 +67,7 @@ _HERE = "local"
 )
 @click.option(
     "--prompt-limit",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=16),  # room for the renderer's own warm-up
     default=10_000,
     show_default=True,
     help="Characters of a prompt.",
@@ -122,6 +122,8 @@ def serve(
     """
     if replicas is not None and address is None:
         raise click.UsageError("--replicas are those of --ray")
+    if address is not None and port == 0:
+        raise click.UsageError("--ray needs a --port, since each of its nodes listens on it")
     token = _token(token_file, token_env)
     if token is None and not _is_loopback(host):
         raise click.UsageError(
@@ -142,7 +144,9 @@ def serve(
         defaults=Defaults(schedule=schedule),
         options=RendererOptions(capacity=queue, max_batch=max_batch),
         limits=service_wire.ServiceLimits(
-            job=Limits(prompt_characters=prompt_limit), images=images_limit, request_s=deadline
+            job=Limits(prompt_characters=prompt_limit),
+            images=min(images_limit, queue),  # more could never be taken on at once
+            request_s=deadline,
         ),
         token=token,
     )

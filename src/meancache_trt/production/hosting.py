@@ -29,7 +29,7 @@ Beyond, uvicorn answers 503 without reading on."""
 
 @dataclass(frozen=True, kw_only=True)
 class Hosting:
-    """All that a service is made of, as `load`, `Renderer` and `make_app` say; it can be pickled."""
+    """What a service is made of, as `load`, `Renderer` and `make_app` say; it can be pickled."""
 
     bundle: Path
     backend: str = "auto"

@@ -54,11 +54,13 @@ def deployment(hosting: Hosting, *, replicas: int = 1, gpus: float = 0) -> serve
 def served(
     hosting: Hosting, *, host: str, port: int, address: str | None = None, replicas: int = 1
 ) -> Iterator[None]:
-    """Serve on a Ray cluster, by default one of this machine alone; at the end of the block stops.
+    """Serve on Ray; at the end of the block that stops, with what Ray runs in this process.
 
-    Replicas have one GPU each where the cluster has some.
+    `address` is a cluster's, None this machine alone. A Ray that this process has already connected
+    to is used instead. Replicas have one GPU each where the cluster has some.
     """
-    ray.init(address, include_dashboard=False, log_to_driver=True)
+    if not ray.is_initialized():
+        ray.init(address or "local", include_dashboard=None if address else False)
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
         serve.start(http_options={"host": host, "port": port})

@@ -74,7 +74,8 @@ class RendererOptions:
 class RendererStatus:
     """How a renderer is doing: jobs that wait and are being rendered, and what became of others.
 
-    `busy` is the share of `uptime_s` that each stage has worked.
+    `busy` is the share of `uptime_s` that each stage has worked. `closed` is why no more jobs are
+    taken on; None while they are.
     """
 
     waiting: int
@@ -82,6 +83,7 @@ class RendererStatus:
     outcomes: Mapping[OutcomeKind, int]
     busy: Mapping[str, float]
     uptime_s: float
+    closed: str | None
 
 
 class Renderer:
@@ -206,6 +208,7 @@ class Renderer:
                 outcomes=dict(self._counts),
                 busy=self._conveyor.busy(uptime_s),
                 uptime_s=uptime_s,
+                closed=self._closed,
             )
 
     def close(self, *, is_drained: bool = True) -> None:

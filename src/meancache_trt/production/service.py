@@ -126,8 +126,9 @@ def _add_facts(
     @router.get("/ready", response_model=State, responses=_errors([503]))
     async def ready() -> State:
         """Whether requests are taken."""
-        if getattr(renderer.status(), "is_closed", False):
-            raise Problem(503, "stopping", "the service stops and takes no more requests")
+        closed = renderer.status().closed
+        if closed is not None:
+            raise Problem(503, "stopped", f"the renderer {closed}; start the service again")
         return State()
 
     @router.get("/metrics", response_class=PlainText)

@@ -150,9 +150,10 @@ class Generation:
         if isinstance(error, RefusedError) and error.retry_after_s is not None:
             after = {"Retry-After": str(math.ceil(error.retry_after_s))}
             return Problem(429, "too_many_requests", message, headers=after)
-        if isinstance(error, RefusedError):
+        if isinstance(error, RefusedError) and self._renderer.status().closed is None:
             return Problem(504, "deadline_exceeded", message)
-        if isinstance(error, MeanCacheError) and not is_accepted:
+        is_invalid = isinstance(error, MeanCacheError) and not isinstance(error, RefusedError)
+        if is_invalid and not is_accepted:
             return Problem(400, "invalid_value", message)
         _LOG.error("a picture could not be rendered", exc_info=error)
         return Problem(503, "render_failed", f"the picture could not be rendered: {message}")

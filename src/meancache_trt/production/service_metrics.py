@@ -40,6 +40,9 @@ class Metrics:
         self._waiting = Gauge(
             "meancache_queue_jobs", "Jobs that wait for their turn.", registry=self._registry
         )
+        self._rendering = Gauge(
+            "meancache_rendering_jobs", "Jobs that are being rendered.", registry=self._registry
+        )
         self._busy = Gauge(
             "meancache_stage_busy_share",
             "Share of the time for which a stage has been at work.",
@@ -58,6 +61,7 @@ class Metrics:
         """All of it in Prometheus' text format."""
         status = self._status()
         self._waiting.set(status.waiting)
+        self._rendering.set(status.rendering)
         for stage, share in status.busy.items():
             self._busy.labels(stage).set(share)
         return bytes(generate_latest(self._registry))
