@@ -54,21 +54,36 @@ def deployment(hosting: Hosting, *, replicas: int = 1, gpus: float = 0) -> serve
 def served(
     hosting: Hosting, *, host: str, port: int, address: str | None = None, replicas: int = 1
 ) -> Iterator[None]:
-    """Serve on Ray; at the end of the block that stops, with what Ray runs in this process.
+    """Serve on Ray; at the end of the block the requests that it has are finished, and it stops.
 
-    `address` is a cluster's, None this machine alone. A Ray that this process has already connected
-    to is used instead. Replicas have one GPU each where the cluster has some.
+    `address` is a cluster's, whose other services stay; None starts Ray on this machine alone,
+    unless this process has already done so. Replicas have one GPU each where there are some.
+    Raises `RuntimeUnavailableError` where Ray cannot start them.
     """
     if not ray.is_initialized():
         ray.init(address or "local", include_dashboard=None if address else False)
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
         serve.start(http_options={"host": host, "port": port})
-        serve.run(deployment(hosting, replicas=replicas, gpus=gpus), name=_NAME, route_prefix="/")
-        yield
+        _deploy(deployment(hosting, replicas=replicas, gpus=gpus))
+        try:
+            yield
+        finally:
+            serve.delete(_NAME)  # waits for requests; `shutdown` alone would cut them off
     finally:
-        serve.shutdown()
+        if address is None:
+            serve.shutdown()
         ray.shutdown()
+
+
+def _deploy(application: serve.Application) -> None:
+    try:
+        serve.run(application, name=_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise RuntimeUnavailableError(
+            f"Ray could not start the service ({error}); its logs lie below its session directory, "
+            "and `meancache-trt serve` without --ray tells what a bundle lacks"
+        ) from error
 
 
 def serve_on_ray(
