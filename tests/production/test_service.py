@@ -296,6 +296,17 @@ def test_a_renderer_that_was_closed_is_503(offered):
     assert "closed" in reply.error["message"]
 
 
+def test_a_fault_of_ours_tells_nothing_of_itself(served, monkeypatch, caplog):
+    def fault():
+        raise RuntimeError("of which nobody hears")
+
+    monkeypatch.setattr(served.renderer, "status", fault)
+    reply = served.client.ask("GET", "/ready")
+    assert (reply.status, reply.error["code"]) == (500, "internal_error")
+    assert b"nobody" not in reply.body
+    wait_until(lambda: "of which nobody hears" in caplog.text)
+
+
 def test_an_endless_body_is_hung_up_on(served):
     most, chunk = 100 << 20, b"%x\r\n%b\r\n" % (1 << 16, bytes(1 << 16))
     sent = 0

@@ -51,6 +51,14 @@ _HERE = "local"
     help="Pictures of different requests that are rendered at a time.",
 )
 @click.option(
+    "--batch-wait",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="MS",
+    help="How long a picture may wait for others to be rendered with.",
+)
+@click.option(
     "--queue",
     type=click.IntRange(min=1),
     default=64,
@@ -89,7 +97,7 @@ _HERE = "local"
     is_flag=False,
     flag_value=_HERE,
     metavar="[ADDRESS]",
-    help="Serve on Ray Serve: on a cluster at ADDRESS, or on this machine alone.",
+    help="Serve on Ray Serve: on a cluster at ADDRESS, or, as the last option, on this machine.",
 )
 @click.option(
     "--replicas",
@@ -104,6 +112,7 @@ def serve(
     token_env: str | None,
     schedule: str | None,
     max_batch: int,
+    batch_wait: float,
     queue: int,
     deadline: float,
     prompt_limit: int,
@@ -142,7 +151,7 @@ def serve(
         embedding_cache=embedding_cache,
         text_precision=text_precision,
         defaults=Defaults(schedule=schedule),
-        options=RendererOptions(capacity=queue, max_batch=max_batch),
+        options=RendererOptions(capacity=queue, max_batch=max_batch, batch_wait_ms=batch_wait),
         limits=service_wire.ServiceLimits(
             job=Limits(prompt_characters=prompt_limit),
             images=min(images_limit, queue),  # more could never be taken on at once

@@ -7,6 +7,7 @@ import base64
 import logging
 import math
 import secrets
+import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
@@ -108,47 +109,26 @@ class Generation:
     async def _made(
         self, request: Request, jobs: Sequence[Job], deadline: float, priority: int
     ) -> Made:
-        futures: list[Future[Rendering]] = []
-
-        async def render() -> Made:
-            predicted_ms = await run_in_threadpool(self._submit, jobs, deadline, priority, futures)
-            done = await asyncio.gather(*map(asyncio.wrap_future, futures))
-            return Made(done, predicted_ms)
-
+        submission = Submission(self._renderer, jobs, deadline, priority)
         try:
-            return await while_heard(request, render(), deadline - time.monotonic())
+            return await while_heard(request, submission.run(), deadline - time.monotonic())
         except ClientDisconnect:
             raise
         except Exception as error:
-            raise self._problem(error, is_accepted=len(futures) == len(jobs)) from error
+            is_expected = isinstance(error, (MeanCacheError, TimeoutError))
+            if not is_expected and not submission.is_accepted:
+                raise
+            raise self._problem(error, is_accepted=submission.is_accepted) from error
         finally:
-            for future in futures:
-                future.cancel()  # does nothing to one that is done
-
-    def _submit(
-        self,
-        jobs: Sequence[Job],
-        deadline: float,
-        priority: int,
-        futures: list[Future[Rendering]],
-    ) -> float:
-        """Hand jobs on, their futures into `futures`; how long one takes alone."""
-        predicted_ms = self._renderer.predict_ms(jobs[0])
-        for job in jobs:
-            left_s = max(deadline - time.monotonic(), 1e-3)
-            future = self._renderer.submit(job, deadline_s=left_s, priority=priority)
-            futures.append(future)
-        return predicted_ms
+            submission.cancel()
 
     def _problem(self, error: Exception, *, is_accepted: bool) -> Problem:
         """What to answer where jobs were refused, or were accepted and failed."""
         message = self._offer.without_paths(reason(error))
-        if isinstance(error, Problem):
-            return error
         if isinstance(error, TimeoutError):
             return Problem(504, "deadline_exceeded", "the deadline passed; nothing was rendered")
         if isinstance(error, RefusedError) and error.retry_after_s is not None:
-            after = {"Retry-After": str(math.ceil(error.retry_after_s))}
+            after = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
             return Problem(429, "too_many_requests", message, headers=after)
         if isinstance(error, RefusedError) and self._renderer.status().closed is None:
             return Problem(504, "deadline_exceeded", message)
@@ -157,6 +137,45 @@ class Generation:
             return Problem(400, "invalid_value", message)
         _LOG.error("a picture could not be rendered", exc_info=error)
         return Problem(503, "render_failed", f"the picture could not be rendered: {message}")
+
+
+class Submission:
+    """Jobs of one request; a request that ends early takes all of them back."""
+
+    def __init__(
+        self, renderer: Renderer, jobs: Sequence[Job], deadline: float, priority: int
+    ) -> None:
+        self._renderer, self._jobs = renderer, jobs
+        self._deadline, self._priority = deadline, priority
+        self._futures: list[Future[Rendering]] = []
+        self._cancelled = threading.Event()
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the renderer has taken on every job."""
+        return len(self._futures) == len(self._jobs)
+
+    async def run(self) -> Made:
+        """Hand the jobs on and wait for their pictures; raises what the first to fail does."""
+        predicted_ms = await run_in_threadpool(self._submit)
+        return Made(await asyncio.gather(*map(asyncio.wrap_future, self._futures)), predicted_ms)
+
+    def cancel(self) -> None:
+        """Take back what is not done, also what a thread is only about to hand on."""
+        self._cancelled.set()
+        for future in self._futures:
+            future.cancel()
+
+    def _submit(self) -> float:
+        """How long one of the jobs takes alone."""
+        predicted_ms = self._renderer.predict_ms(self._jobs[0])
+        for job in self._jobs:
+            left_s = max(self._deadline - time.monotonic(), 1e-3)
+            future = self._renderer.submit(job, deadline_s=left_s, priority=self._priority)
+            self._futures.append(future)
+            if self._cancelled.is_set():
+                future.cancel()
+        return predicted_ms
 
 
 async def read_body(request: Request, limits: ServiceLimits) -> bytes:
