@@ -32,7 +32,7 @@ from meancache_trt.render import load
 
 TOKEN = "a-token-of-the-fuzz"
 LIMITS = ServiceLimits(
-    job=Limits(prompt_characters=200), body_bytes=4096, images=2, body_s=0.2, request_s=20.0
+    job=Limits(prompt_characters=200), body_bytes=4096, images=2, body_s=1.0, request_s=60.0
 )
 """Low, so that what is beyond them is common and cheap."""
 

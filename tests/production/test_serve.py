@@ -57,7 +57,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(shared_bundle, tmp_path)
         asking = threading.Thread(target=lambda: replies.append(served.client.generate(n=3)))
         asking.start()
         while not rendering(served.client):
-            pass
+            assert asking.is_alive()
         served.process.send_signal(signal.SIGTERM)
         asking.join(END_S)
         assert served.process.wait(END_S) == 0
