@@ -122,7 +122,8 @@ def atomic_write(path: Path, directory: Path | None = None) -> Iterator[Path]:
     except OSError as error:
         raise InputError(_unwritable(path, error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or the disk has become read-only
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:

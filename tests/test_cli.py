@@ -214,14 +214,28 @@ def test_render_writes_a_picture_for_each_prompt(run, shared_bundle, tmp_path):
         "--schedule", "b6", "--json",
     )  # fmt: skip
     assert status == 0
-    rows = json.loads(out)["images"]
-    assert [row["schedule"] for row in rows] == ["b6", "b6"]
-    assert sorted(path.name for path in out_dir.iterdir()) == [
+    assert json.loads(out)["schedules"] == {"b6": 2}
+    paths = sorted(out_dir.glob("*.png"))
+    assert [path.name for path in paths] == [
         "0000-large-plain-red-circle-left-gray.png",
         "0001-small-plain-blue-star-right-pink.png",
     ]
-    with Image.open(rows[0]["path"]) as picture:
+    with Image.open(paths[0]) as picture:
         assert picture.size == (64, 64)
+
+
+def test_render_writes_each_format_and_inspect_tells_how_it_was_made(run, shared_bundle, tmp_path):
+    status, out, _ = run(
+        "render", shared_bundle, "--prompt", PROMPT, "-o", tmp_path, "--schedule", "b6",
+        "--format", "jpeg:80", "--format", "latents", "--seed", 7, "--json",
+    )  # fmt: skip
+    assert status == 0
+    (row,) = json.loads(out)["images"]
+    assert [Path(path).suffix for path in row["files"]] == [".jpg", ".safetensors"]
+    for path in row["files"]:
+        facts = json.loads(run("inspect", path, "--json")[1])
+        assert (facts["prompt"], facts["seed"], facts["schedule"]) == (PROMPT, "7", "b6")
+    assert re.search(r"schedule +b6", run("inspect", row["path"])[1])
 
 
 def test_rendering_twice_gives_the_same_bytes(run, shared_bundle, tmp_path):
@@ -260,6 +274,7 @@ def test_encoded_prompts_render_as_texts_do(run, shared_bundle, tmp_path):
         (["--prompt", "a", "--guidance-scale", "-1"], "guidance scale"),
         (["--prompt", "a", "--negative-prompt", "b"], "no classifier-free guidance"),
         (["--prompt", "a", "--seed", "-1"], "seed"),
+        (["--prompt", "a", "--format", "mp4"], "an MP4 holds videos"),
     ],
 )
 def test_render_refuses_bad_input_and_leaves_no_directory(

@@ -120,6 +120,18 @@ def test_a_prompt_given_twice_is_encoded_once(shared_bundle, encoders):
         assert not np.array_equal(tensor[0], tensor[1])
 
 
+@pytest.mark.parametrize("cache", ["off", "kept"])
+def test_it_is_known_how_many_prompts_have_to_be_encoded(shared_bundle, tmp_path, cache):
+    directory = "off" if cache == "off" else tmp_path
+    opened = pipeline(shared_bundle, directory)
+    encoder = opened.encoder_on(opened.graphs)
+    assert encoder.missing(["a", "b", "a"]) == 2
+    encoder.encode(["a"])
+    assert encoder.missing(["a", "b"]) == 1
+    other = opened.encoder_on(opened.graphs)  # knows what lies on the disk
+    assert other.missing(["a", "b"]) == (2 if cache == "off" else 1)
+
+
 def test_what_differs_in_anything_that_matters_is_a_miss(shared_bundle, bundle, tmp_path, encoders):
     pipeline(shared_bundle, tmp_path).encode([PROMPT])
     encoders.calls.clear()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from meancache_trt.cli.render import read_prompts
 from meancache_trt.errors import InputError
 from meancache_trt.production.job_files import Line, read_jobs
-from meancache_trt.production.jobs import Job, Limits
+from meancache_trt.production.jobs import Job, Limits, size_of
 
 SMALL = Limits(line_bytes=200, prompt_characters=20, jobs=5, file_bytes=2000)
 
@@ -61,6 +61,12 @@ def test_null_is_what_was_left_out(tmp_path):
     assert jobs(read(tmp_path, '{"id": null, "prompt": "a", "seed": null}')) == [
         Job(id="0001", prompt="a")
     ]
+
+
+def test_frames_may_stand_in_the_resolution_or_beside_it():
+    assert size_of("64x32x9", None) == size_of("64x32", 9) == size_of("64x32x9", 9) == (32, 64, 9)
+    assert size_of("64x32", None) == (32, 64, None)
+    assert size_of(None, 9) == (None, None, 9)
 
 
 def test_digits_alone_are_a_budget(tmp_path):
@@ -233,6 +239,14 @@ def test_a_file_without_jobs_or_with_too_many_is_refused(tmp_path, content, reas
         read(tmp_path, content)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
+def test_files_of_every_kind_have_the_same_limits(tmp_path, suffix):
+    with pytest.raises(InputError, match="more than 5 jobs"):
+        read(tmp_path, "prompt\n" * 7, suffix)
+    with pytest.raises(InputError, match="more than 2,000 bytes"):
+        read(tmp_path, "prompt\na\n" + "\n" * 1992, suffix)
+
+
 def test_a_file_that_cannot_be_read_or_known_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"named .jsonl, .ndjson, .csv or .txt, found .*jobs.json"):
         read(tmp_path, "{}", ".json")
@@ -295,7 +309,7 @@ def test_rows_after_a_quote_that_never_ends_are_lost_but_not_silently(tmp_path):
     ("header", "reason"),
     [
         ("id,promt", "line 1 has to name the fields; unknown field 'promt'; did you mean prompt"),
-        ("id,seed", "expected a column named prompt, found id, seed"),
+        ("id,seed", "expected one named prompt, found id, seed"),
         ("prompt,id,prompt", "two columns are named prompt"),
         ("prompt,", "unknown field ''"),
         ("a red circle", "unknown field 'a red circle'"),
@@ -367,3 +381,31 @@ def test_prompts_are_counted_from_0_and_lines_from_1(tmp_path):
         (6, "0003"),
     ]
     assert [line.job.prompt for line in lines if line.job] == ["a cat", "a dog"]
+
+
+PIECES = st.sampled_from(
+    [
+        b'{"prompt": "a"}',
+        b"prompt,id",
+        b"a,b",
+        b'"',
+        b",",
+        b"\n",
+        b"\r",
+        b"\0",
+        b"\xff",
+        b"\\u",
+        b"[",
+    ]
+)
+
+
+@given(st.sampled_from([".jsonl", ".csv", ".txt"]), st.lists(PIECES | st.binary(), max_size=20))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_bytes_are_jobs_or_faults(tmp_path, suffix, pieces):
+    try:
+        lines = read(tmp_path, b"".join(pieces), suffix)
+    except InputError:
+        return
+    assert [line.number for line in lines] == sorted(line.number for line in lines)
+    assert all((line.job is None) == bool(line.fault) for line in lines)

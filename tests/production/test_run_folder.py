@@ -263,3 +263,34 @@ def test_scratch_that_cannot_be_made_is_refused(on_small_disk: RunOnDisk) -> Non
     """)
     assert "Read-only file system" in printed
     assert printed.splitlines()[1] == ".meancache .meancache/locks"
+
+
+def leave_unfinished(directory: Path, ready: Any) -> None:
+    """In a process of its own, until it is killed: a scratch directory and half a record."""
+    open_run(directory, RUN)
+    with scratch(directory) as folder:
+        (folder / "half.png").touch()
+        (directory / ".meancache" / ".run.json.abc.json").touch()
+        ready.send(folder.name)
+        time.sleep(600)
+
+
+def test_what_a_killed_process_left_goes_with_the_next_and_with_those_that_outlive_it(
+    tmp_path: Path,
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=leave_unfinished, args=(tmp_path, sender))
+    open_run(tmp_path, RUN)
+    with scratch(tmp_path) as own:
+        worker.start()
+        left = tmp_path / ".meancache" / receiver.recv()
+        worker.kill()
+        worker.join()
+        assert left.exists()
+    assert not own.exists()
+    assert not left.exists()
+    assert (tmp_path / ".meancache" / ".run.json.abc.json").exists()
+    open_run(tmp_path, RUN)
+    assert not (tmp_path / ".meancache" / ".run.json.abc.json").exists()
+    assert not list(tmp_path.glob(".meancache/tmp-*"))

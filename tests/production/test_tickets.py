@@ -189,6 +189,8 @@ def test_negative_prompts_are_for_models_with_classifier_free_guidance(guided):
     assert checker.check(0, job()).guidance_scale == 4.0
     with pytest.raises(InputError, match="at least 1"):
         checker.check(0, job(guidance_scale=0.5))
+    with pytest.raises(InputError, match="at least 1"):
+        Checker(guided, Settings(), Defaults(guidance_scale=0.5), Limits())
 
 
 def test_jobs_choose_among_the_sizes_of_the_bundle(sized):
@@ -247,6 +249,20 @@ def test_a_target_takes_the_fewest_evaluations_that_reached_it(sized):
         budget(10, None, str(large.size))
 
 
+def test_of_sizes_that_share_a_grid_each_is_judged_by_its_own_evidence(shared_bundle, tmp_path):
+    bundle = changed_bundle(shared_bundle, tmp_path / "own.mcb", resolutions=resolutions(*SIZES))
+    with Pipeline(bundle) as pipeline:
+        square, wide, large = bundle.export.resolutions
+        kept(pipeline, 2, 50.0, 50.0, size=square)
+        kept(pipeline, 3, 30.0, 20.0, size=wide)
+        checker = Checker(pipeline, Settings(), Defaults(), Limits())
+        found = [
+            checker.check(0, job(target_psnr=25.0, resolution=str(each.size))).group.schedule.name
+            for each in (square, wide, large)
+        ]
+    assert found == ["k2-64x64", "k3-128x64", "k2-64x64"]
+
+
 def test_of_equal_budgets_the_better_one_reaches_a_target(sized):
     kept(sized, 3, 30.0, 20.0, name="a")
     kept(sized, 3, 31.0, 20.0, name="b")
@@ -294,10 +310,15 @@ def test_digests_change_with_everything_that_pixels_follow_from(guided, shared_b
     assert all(len(each) == 64 for each in found)
 
 
-def test_digests_of_sizes_differ(sized):
-    sized.bundle.add_schedule(bake("euler", sized.grid(STEPS), range(3), name="b3"))
-    checker = Checker(sized, Settings(), Defaults(), Limits())
-    assert len({checker.check(0, job(resolution=size)).digest for size in SIZES}) == 3
+def test_digests_of_sizes_differ_though_their_schedules_are_equal(shared_bundle, tmp_path):
+    bundle = changed_bundle(shared_bundle, tmp_path / "own.mcb", resolutions=resolutions(*SIZES))
+    with Pipeline(bundle) as pipeline:
+        bundle.add_schedule(bake("euler", pipeline.grid(STEPS), range(3), name="b3"))
+        checker = Checker(pipeline, Settings(), Defaults(), Limits())
+        tickets = [checker.check(0, job(resolution=size)) for size in SIZES]
+    assert len({ticket.schedule_digest for ticket in tickets}) == 1
+    assert len({id(ticket.group.schedule) for ticket in tickets}) == 1
+    assert len({ticket.digest for ticket in tickets}) == len({t.group for t in tickets}) == 3
 
 
 def test_digests_change_with_nothing_else(pipeline, checker):

@@ -1,4 +1,4 @@
-"""`inspect`: what a bundle or a schedule file holds."""
+"""`inspect`: what a bundle, a schedule file, a run or a picture holds."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.cli import options
 from meancache_trt.cli.output import decibels, print_json, print_table, show_schedule
 from meancache_trt.cli.plan_table import ListedPlan, list_plans, plan_facts, print_plans
+from meancache_trt.cli.run_report import print_log
 from meancache_trt.errors import PlanMismatchError
 from meancache_trt.meancache.schedule import Schedule, load_schedule
 from meancache_trt.measured import describe, measured_in
+from meancache_trt.media.formats import OUTPUT_SUFFIXES
+from meancache_trt.media.metadata import read_metadata
+from meancache_trt.production.results import LOG
+from meancache_trt.production.summary import summarize
 from meancache_trt.selection import calibrated_size
 from meancache_trt.shapes import Ranges
 
@@ -24,9 +29,16 @@ from meancache_trt.shapes import Ranges
 @click.option("--verify", is_flag=True, help="Hash all weights and plans again.")
 @options.as_json
 def inspect(path: Path, verify: bool, as_json: bool) -> None:
-    """Show what a bundle or a schedule file holds."""
+    """Show what a bundle or a schedule file holds, how a run went, or how a picture was made.
+
+    A run is the directory that `render --prompts` wrote, or its results.jsonl.
+    """
+    log = path if path.suffix == ".jsonl" else path / LOG
+    if log.is_file():
+        print_log(summarize(log), log, as_json=as_json)
+        return
     if path.is_file() and path.name != MANIFEST:
-        _inspect_schedule(load_schedule(path), as_json=as_json)
+        _inspect_file(path, as_json=as_json)
         return
     directory = path.parent if path.name == MANIFEST else path
     bundle = Bundle.open(directory, is_full_check=verify)
@@ -37,7 +49,16 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
         raise PlanMismatchError("; ".join(unusable))
 
 
-def _inspect_schedule(schedule: Schedule, *, as_json: bool) -> None:
+def _inspect_file(path: Path, *, as_json: bool) -> None:
+    if path.suffix.lower() in OUTPUT_SUFFIXES:
+        metadata = read_metadata(path)
+        if as_json:
+            print_json(metadata)
+            return
+        for name, value in metadata.items():
+            click.echo(f"{name:16}{value}")
+        return
+    schedule = load_schedule(path)
     if as_json:
         print_json(schedule)
         return

@@ -20,6 +20,9 @@ _SUFFIXES: dict[FormatName, tuple[str, ...]] = {
     "mp4": (".mp4",),
     "latents": (".safetensors",),
 }
+OUTPUT_SUFFIXES = frozenset(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+"""Of files that `read_metadata` reads."""
+
 _DEFAULT_QUALITY: dict[FormatName, int] = {
     "jpeg": 95,  # Pillow advises against more: larger files, hardly better pictures
     "webp": 90,

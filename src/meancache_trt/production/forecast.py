@@ -45,7 +45,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Times:
-    """What a batch takes, in ms: noise, conditioning and sessions; its evaluations; pictures."""
+    """What a batch takes, in ms.
+
+    `preparation` is noise, conditioning, and what the first evaluation takes longer than others;
+    `loop` is B evaluations.
+    """
 
     preparation: float
     loop: float
@@ -77,9 +81,9 @@ class Forecast:
         with self._lock:
             self._encoding.setdefault(texts, _Recent()).note(ms)
 
-    def note_loop(self, shape: Shape, budget: int, loop_ms: float, preparation_ms: float) -> None:
-        """A loop of `budget` evaluations took `loop_ms`, and all before it `preparation_ms`."""
-        self._note("evaluation", shape, loop_ms / budget)
+    def note_loop(self, shape: Shape, evaluation_ms: float, preparation_ms: float) -> None:
+        """An evaluation took `evaluation_ms`, and all else until the latent `preparation_ms`."""
+        self._note("evaluation", shape, evaluation_ms)
         self._note("preparation", shape, preparation_ms)
 
     def note_decoding(self, shape: Shape, ms: float) -> None:

@@ -17,16 +17,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+import msgspec
 
 from meancache_trt.errors import InputError
 from meancache_trt.production.jobs import FIELDS, TEXTS, Job, Limits, make_job, shown, unknown_field
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(msgspec.Struct, frozen=True, gc=False):
     """A line of a job file, counted from 1 as editors do: its job, or what is wrong with it."""
 
     number: int
@@ -120,7 +120,7 @@ def _json_rows(file: BinaryIO, limits: Limits) -> Iterator[_Row]:
 def _prompt_rows(file: BinaryIO, limits: Limits) -> Iterator[_Row]:
     count = number = 0
     for _, content in _texts(file, limits):
-        pieces = [content] if isinstance(content, InputError) else content.splitlines() or [""]
+        pieces = [content] if isinstance(content, InputError) else content.splitlines()
         for piece in pieces:
             number += 1
             if isinstance(piece, InputError):
@@ -133,30 +133,38 @@ def _prompt_rows(file: BinaryIO, limits: Limits) -> Iterator[_Row]:
 
 
 def _csv_rows(file: BinaryIO, limits: Limits) -> Iterator[_Row]:
-    source = _CsvLines(_texts(file, limits), limits.line_bytes)
-    reader = csv.reader(source, strict=True)
     names: list[str] | None = None
+    for number, cells in _cell_rows(file, limits):
+        if names is None:
+            names = _header(number, cells)
+        elif isinstance(cells, InputError):
+            yield number, cells
+        else:
+            yield number, _from_cells(names, cells, number)
+
+
+def _cell_rows(file: BinaryIO, limits: Limits) -> Iterator[tuple[int, list[str] | InputError]]:
+    source = _RowLines(_texts(file, limits), limits.line_bytes)
+    reader = csv.reader(source, strict=True)
     while True:
         source.begin_row()
         try:
             cells = next(reader)
-            if not any(cells):
-                continue
-            if names is None:
-                names = _header(cells)
-                continue
-            yield source.first, _from_cells(names, cells, source.first)
         except StopIteration:
             return
-        except (csv.Error, InputError) as error:
-            fault = error if isinstance(error, InputError) else InputError(f"not CSV: {error}")
-            if names is None:
-                raise InputError(f"line {source.first} has to name the fields; {fault}") from error
-            yield source.first, fault
+        except csv.Error as error:
+            yield source.first, source.fault or InputError(f"not CSV: {error}")
+        else:
+            if any(cells):
+                yield source.first, cells
 
 
-class _CsvLines:
-    """The lines that make a row; an iterator, since a reader can go on after one raised."""
+class _RowLines:
+    """The lines that make a row, for a reader that goes on with the next row after an error.
+
+    A row is held to the bytes of a line, though it may have several. `first` is the number of its
+    first line, `fault` why it ended early.
+    """
 
     def __init__(self, lines: Iterator[tuple[int, str | InputError]], row_bytes: int) -> None:
         self._lines, self._row_bytes = lines, row_bytes
@@ -164,6 +172,7 @@ class _CsvLines:
 
     def begin_row(self) -> None:
         self.first, self._characters = 0, 0
+        self.fault: InputError | None = None
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -171,37 +180,39 @@ class _CsvLines:
     def __next__(self) -> str:
         number, content = next(self._lines)
         self.first = self.first or number
-        if isinstance(content, InputError):
-            raise content
-        self._characters += len(content)
-        if self._characters > self._row_bytes:
-            raise _too_long(self._row_bytes)
-        return content
+        if isinstance(content, str):
+            self._characters += len(content)
+            if self._characters <= self._row_bytes:
+                return content
+            content = _too_long(self._row_bytes)
+        self.fault = content
+        raise csv.Error
 
 
-def _header(cells: list[str]) -> list[str]:
+def _header(number: int, cells: list[str] | InputError) -> list[str]:
+    where = f"line {number} has to name the fields"
+    if isinstance(cells, InputError):
+        raise InputError(f"{where}; {cells}")
     names = [cell.strip() for cell in cells]
     for name in names:
         if name not in FIELDS:
-            raise InputError(unknown_field(name))
+            raise InputError(f"{where}; {unknown_field(name)}")
         if names.count(name) > 1:
-            raise InputError(f"two columns are named {name}; leave one out")
+            raise InputError(f"{where}; two columns are named {name}, leave one out")
     if "prompt" not in names:
-        raise InputError(f"expected a column named prompt, found {', '.join(names)}")
+        raise InputError(f"{where}; expected one named prompt, found {', '.join(names)}")
     return names
 
 
-def _from_cells(names: list[str], cells: list[str], number: int) -> _Fields:
+def _from_cells(names: list[str], cells: list[str], number: int) -> _Fields | InputError:
     if len(cells) != len(names):
-        raise InputError(
+        return InputError(
             f"expected {len(names)} cells, as the first row has, found {len(cells)}; quote a "
             "prompt that has commas"
         )
-    fields: _Fields = {"id": _numbered(number)}
-    fields |= {
-        name: _from_cell(name, cell) for name, cell in zip(names, cells, strict=True) if cell
-    }
-    return fields
+    given = zip(names, cells, strict=True)
+    fields = {name: _from_cell(name, cell) for name, cell in given if cell}
+    return {"id": _numbered(number), **fields}
 
 
 def _from_cell(name: str, cell: str) -> object:

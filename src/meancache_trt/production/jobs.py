@@ -7,7 +7,6 @@ number, and an id is checked to be one plain component of a path on any file sys
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,12 @@ from meancache_trt.shapes import PictureSize
 
 
 class Job(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    gc=False,
 ):
     """One picture or video to render. What is None is the run's default, then the bundle's.
 
@@ -175,7 +179,7 @@ def _typed(name: str, value: object) -> Any:
         is_budget = isinstance(found, str) and _BUDGET.fullmatch(found)
         return int(found) if is_budget else found
     number = _expect(name, value, (int, float), "a number")
-    if not math.isfinite(number) or abs(number) > 10**_LONGEST_NUMBER:
+    if not abs(number) <= 10**_LONGEST_NUMBER:  # nor NaN, which compares with nothing
         raise InputError(f"{name} is a number of ordinary size, found {shown(number)}")
     return float(number)
 
@@ -208,7 +212,7 @@ def _check_schedule(schedule: str | int) -> None:
             raise InputError(f"a budget is 1 or more evaluations, found {shown(schedule)}")
         return
     is_path = "/" in schedule or "\\" in schedule or schedule.lower().endswith(".json")
-    if is_path or schedule.startswith(".") or not 1 <= len(schedule) <= _LONGEST_NAME:
+    if is_path or not 1 <= len(schedule) <= _LONGEST_NAME:
         raise InputError(
             "a job's schedule is a name in the bundle or a number of evaluations, never a file; "
             f"found {shown(schedule)}. Add it to the bundle with `meancache-trt bake`"

@@ -31,9 +31,11 @@ class OutputDirectory:
         and its name are on the disk. Raises `InputError` where nothing can be written, where the
         path would leave the directory, and as `Rendering.encode` does; then nothing is left.
         """
-        relative = name + form.suffix
+        return self.write_bytes(rendering.encode(form, job_id), name + form.suffix)
+
+    def write_bytes(self, content: bytes, relative: str) -> WrittenFile:
+        """Write a file of these bytes at a relative path, as `write` does."""
         path = self._inside(relative)
-        content = rendering.encode(form, job_id)
         with made_directory(path.parent):
             with atomic_write(path, self.temporary) as temporary:
                 temporary.write_bytes(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Collection, Mapping, Sequence
 
+from meancache_trt.errors import RuntimeUnavailableError
 from meancache_trt.media.formats import OutputFormat
 from meancache_trt.production.cautions import cautions_of
 from meancache_trt.production.outputs import OutputDirectory
@@ -34,7 +35,9 @@ class Recorder:
     def record(self, item: Pictures | Failure, undone: Collection[int]) -> list[Result]:
         """Write the files of those tickets whose index is in `undone`; their rows.
 
-        Raises `InputError` where a file cannot be written.
+        A picture that a format cannot hold is a failed job, as are a JPEG's prompts without room.
+        Raises `InputError` where a file cannot be written, and `RuntimeUnavailableError` where a
+        library is missing.
         """
         if isinstance(item, Failure):
             is_undone = item.ticket.index in undone
@@ -46,8 +49,17 @@ class Recorder:
         ]
 
     def _picture(self, ticket: Ticket, rendering: Rendering, batch: int) -> Result:
-        name, job_id = self._names[ticket.index], ticket.job.id
-        files = [self._output.write(rendering, form, name, job_id) for form in self._formats]
+        name = self._names[ticket.index]
+        try:
+            contents = [rendering.encode(form, ticket.job.id) for form in self._formats]
+        except RuntimeUnavailableError:
+            raise
+        except Exception as error:  # the job's fault, as of a prompt too long for EXIF
+            return self._row(ticket, error=reason(error))
+        files = [
+            self._output.write_bytes(content, name + form.suffix)
+            for content, form in zip(contents, self._formats, strict=True)
+        ]
         return self._row(
             ticket,
             files=tuple(files),

@@ -74,11 +74,12 @@ class RendererOptions:
 class RendererStatus:
     """How a renderer is doing: jobs that wait and are being rendered, and what became of others.
 
-    `busy` is the share of `uptime_s` that each stage has worked. `closed` is why no more jobs are
-    taken on; None while they are.
+    Of those that wait, `ready` ones are encoded. `busy` is the share of `uptime_s` that each stage
+    has worked. `closed` is why no more jobs are taken on; None while they are.
     """
 
     waiting: int
+    ready: int
     rendering: int
     outcomes: Mapping[OutcomeKind, int]
     busy: Mapping[str, float]
@@ -194,16 +195,19 @@ class Renderer:
 
     def wait_ms(self, job: Job, *, priority: int = 0) -> float:
         """How long a job that came now would wait for others, if none came after it."""
+        entry = self._entry(job, priority)
         with self._lock:
-            return self._before(self._entry(job, priority))[0]
+            return self._before(entry)[0]
 
     def status(self) -> RendererStatus:
         """How it is doing now; from any thread."""
         uptime_s = time.monotonic() - self._started if self._started else 0.0
         with self._lock:
             rendering = sum(entry.end is not None for entry in self._entries.values())
+            encoded = sum(entry.encoded is not None for entry in self._entries.values())
             return RendererStatus(
                 waiting=len(self._entries) - rendering,
+                ready=encoded - rendering,
                 rendering=rendering,
                 outcomes=dict(self._counts),
                 busy=self._conveyor.busy(uptime_s),

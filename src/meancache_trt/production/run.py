@@ -130,10 +130,10 @@ class Run:
         self._log.refresh()
         self._log.check(tickets)
         self._claims = Claims(options.output)
+        self._own_failures: set[str] = set()
         self._earlier = sum(not self._is_undone(ticket) for ticket in tickets)
         self._failed_before = self._log.failed
         self._logged_before = self._log.done + self._log.failed
-        self._own_failures: set[str] = set()
         self._done = 0
         self._open: dict[int, _OpenChunk] = {}  # by ticket index
         self._lock = threading.Lock()
@@ -314,7 +314,8 @@ class Run:
 
     def _check_failures(self) -> None:
         allowed = self._options.max_failures
-        failed = self._log.failed - self._failed_before
+        # Of all processes; a job that fails again was counted before this run.
+        failed = max(self._log.failed - self._failed_before, len(self._own_failures))
         if allowed is not None and failed > allowed:
             raise RenderError(
                 f"{failed} jobs have failed, {allowed} are allowed; {self._log.path} says why. "

@@ -68,6 +68,7 @@ def open_run(
     """
     path = _record_path(directory)
     with made_directory(path.parent), _locked_run(path):
+        _remove_unfinished(path)
         if path.exists():
             record = _read(path)
             _check_same(path, record, wanted, is_any_version_allowed=is_any_version_allowed)
@@ -96,7 +97,8 @@ def agreed_sizes(directory: Path, group_name: str, measure: Callable[[], GroupSi
 def scratch(directory: Path) -> Iterator[Path]:
     """Yield a directory for unfinished files, on the file system of `directory`, that goes again.
 
-    Those of processes that were killed are removed. Raises `InputError` where it cannot be made.
+    Those of processes that were killed are removed, before and after. Raises `InputError` where it
+    cannot be made.
     """
     claims = Claims(directory)
     _remove_abandoned(directory, claims)
@@ -109,18 +111,28 @@ def scratch(directory: Path) -> Iterator[Path]:
                 yield directory / FOLDER / name
         finally:
             _remove(directory, claims, name)
+            _remove_abandoned(directory, claims)
 
 
 def _remove_abandoned(directory: Path, claims: Claims) -> None:
     for folder in (directory / FOLDER).glob(f"{_SCRATCH}*"):
-        if claim := claims.try_claim(folder.name):
-            with claim:
-                _remove(directory, claims, folder.name)
+        with contextlib.suppress(InputError):  # as on a disk that became read-only meanwhile
+            if claim := claims.try_claim(folder.name):
+                with claim:
+                    _remove(directory, claims, folder.name)
 
 
 def _remove(directory: Path, claims: Claims, name: str) -> None:
     shutil.rmtree(directory / FOLDER / name, ignore_errors=True)
-    claims.path(name).unlink(missing_ok=True)  # no name comes twice, so nobody waits for it
+    with contextlib.suppress(OSError):  # likewise; no name comes twice, so nobody waits for it
+        claims.path(name).unlink()
+
+
+def _remove_unfinished(path: Path) -> None:
+    """What a process left that was killed while it wrote the record; under the record's lock."""
+    for unfinished in path.parent.glob(f".{path.name}.*"):
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 @contextlib.contextmanager

@@ -63,7 +63,8 @@ class Conveyor:
         self._error: BaseException | None = None
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        self.busy_s = {stage.name: 0.0 for stage in stages}
+        self.busy_s = {stage.name: 0.0 for stage in stages}  # of items that are through
+        self._under_way: dict[threading.Thread, tuple[str, float]] = {}
         self.threads = {stage.name: stage.threads for stage in stages}
         self._workers = [
             [
@@ -86,9 +87,15 @@ class Conveyor:
 
     def busy(self, elapsed_s: float) -> dict[str, float]:
         """The share of their time in which the threads of each stage worked, of `elapsed_s`."""
+        with self._lock:
+            busy_s = dict(self.busy_s)
+            under_way = list(self._under_way.values())
+        now = time.perf_counter()
+        for name, start in under_way:  # a batch may take minutes
+            busy_s[name] += now - start
         return {
-            name: busy_s / (elapsed_s * self.threads[name]) if elapsed_s else 0.0
-            for name, busy_s in self.busy_s.items()
+            name: min(total_s / (elapsed_s * self.threads[name]), 1.0) if elapsed_s else 0.0
+            for name, total_s in busy_s.items()
         }
 
     def put(self, item: Any) -> None:
@@ -147,14 +154,19 @@ class Conveyor:
 
     def _do(self, place: int, stage: Stage, work: Work, item: Any) -> None:
         start = time.perf_counter()
+        with self._lock:
+            self._under_way[threading.current_thread()] = stage.name, start
         try:
             made = list(work(item))
         except Exception as error:
             made = []
             self._fail(item, error)
-        finally:
-            with self._lock:
-                self.busy_s[stage.name] += time.perf_counter() - start
+        except BaseException as error:  # such as a panic of a library in Rust
+            made = []
+            self.stop(error)
+        with self._lock:
+            del self._under_way[threading.current_thread()]
+            self.busy_s[stage.name] += time.perf_counter() - start
         for following in made:
             self._hand_on(place + 1, following)
 

@@ -52,7 +52,7 @@ class Defaults:
 class Group:
     """What jobs share that can be one batch: a schedule at a size. Guidance scales may differ.
 
-    Equal groups of one `Checker` are one object.
+    Equal groups of one `Checker` are one object, and so are equal schedules.
     """
 
     schedule: Schedule
@@ -114,7 +114,8 @@ class Checker:
     ) -> None:
         self._pipeline, self._defaults, self._limits = pipeline, defaults, limits
         self._is_guided = pipeline.bundle.export.guidance.is_classifier_free
-        self._groups: dict[Group, tuple[Group, str]] = {}
+        self._schedules: dict[Schedule, tuple[Schedule, str]] = {}
+        self._groups: dict[Group, Group] = {}
         self._plan = lru_cache(_COMBINATIONS)(self._resolve)
         self._named = lru_cache(_COMBINATIONS)(self._find)
         self._measured = lru_cache(_COMBINATIONS)(self._with_evidence)
@@ -156,7 +157,7 @@ class Checker:
             job.frames,
         )
         if isinstance(plan, MeanCacheError):
-            raise type(plan)(str(plan))
+            raise _copied(plan)
         seed = self._defaults.seed if job.seed is None else job.seed
         negative_prompt = self._defaults.negative_prompt
         if job.negative_prompt is not None:
@@ -206,12 +207,14 @@ class Checker:
             schedule = self._pipeline.schedule(found, given, size)
             guidance = self._pipeline.guidance(given, schedule)
         except MeanCacheError as error:
-            return error
+            return _copied(error)
+        if schedule not in self._schedules:
+            self._schedules[schedule] = schedule, digest_of(encode_json(schedule))
+        schedule, digest = self._schedules[schedule]
         group = Group(schedule, size)
-        if group not in self._groups:
-            self._groups[group] = group, digest_of(encode_json(schedule))
+        group = self._groups.setdefault(group, group)
         # The same number in the same bytes, whoever wrote it: no 4, no -0.0.
-        return _Plan(*self._groups[group], None if guidance is None else guidance + 0.0)
+        return _Plan(group, digest, None if guidance is None else guidance + 0.0)
 
     def _size(self, text: str | None, frames: int | None) -> Resolution:
         height, width, count = size_of(text, frames)
@@ -242,7 +245,7 @@ class Checker:
                 lambda steps: self._pipeline.grid(steps, resolution),
             )
         except MeanCacheError as error:
-            return error
+            return _copied(error)
 
     def _with_evidence(self, scale: float | None, size: PictureSize) -> list[Schedule]:
         """The bundle's schedules whose PSNR is on record, and that may be used at a scale and size.
@@ -263,6 +266,11 @@ class Checker:
 
     def _of_size(self, size: PictureSize) -> Resolution:
         return self._pipeline.resolution(size.height, size.width, size.frames)
+
+
+def _copied(error: MeanCacheError) -> MeanCacheError:
+    """The same error without its traceback, whose frames would stay in memory with it."""
+    return type(error)(str(error))
 
 
 def _smallest(

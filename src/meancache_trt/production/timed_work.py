@@ -60,16 +60,18 @@ class TimedWork:
 
     def denoise(self, encoded: Encoded) -> list[Latents | Failure]:
         """The loop of a batch; only one that ran whole and at once is noted."""
+        watch = _Watch(encoded.on_evaluation)
         start = time.perf_counter()
-        made = self._denoise(encoded)
+        made = self._denoise(watch.set_on(encoded))
         match made:
             case [Latents() as found] if found.batch == len(encoded.tickets):
-                ticket = encoded.tickets[0]
+                whole_ms, ticket = _ms_since(start), encoded.tickets[0]
+                budget = ticket.group.schedule.budget
+                evaluation_ms = watch.evaluation_ms() or found.loop_ms / budget
                 self._forecast.note_loop(
                     Shape.of(ticket, encoded.text_tokens, found.batch),
-                    ticket.group.schedule.budget,
-                    found.loop_ms,
-                    _ms_since(start) - found.loop_ms,
+                    evaluation_ms,
+                    whole_ms - budget * evaluation_ms,
                 )
         return made
 
@@ -108,6 +110,30 @@ class TimedWork:
             for found in self.denoise(encoded):
                 if isinstance(found, Latents):
                     self.decode(found)
+
+
+class _Watch:
+    """When evaluations end, where a loop says so. The first is slower: caches are cold."""
+
+    def __init__(self, on_evaluation: OnEvaluation | None) -> None:
+        self._on_evaluation = on_evaluation
+        self._ends: list[float] = []
+
+    def set_on(self, encoded: Encoded) -> Encoded:
+        if self._on_evaluation is None:
+            return encoded
+        return replace(encoded, on_evaluation=self._watch)
+
+    def evaluation_ms(self) -> float | None:
+        """The mean of all but the first evaluation; None where that is not known."""
+        if len(self._ends) < 2:
+            return None
+        return 1e3 * (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+
+    def _watch(self, done: int, budget: int) -> None:
+        assert self._on_evaluation is not None
+        self._ends.append(time.perf_counter())
+        self._on_evaluation(done, budget)
 
 
 def _check(made: T | Failure) -> T:

@@ -164,8 +164,11 @@ class WaitingRoom:
         """When a batch begins at the latest, whoever has not come by then."""
         if self._is_closed or len(batch) == self._sizes[-1]:
             return -math.inf
-        last_start = min(entry.deadline for entry in batch) - self.times(batch).total / 1e3
-        return min(min(entry.ready for entry in batch) + self._batch_wait_s, last_start)
+        total_s = self.times(batch).total / 1e3
+        ready = min(entry.ready for entry in batch)
+        # Half of what the nearest deadline leaves: the other half is for what takes longer.
+        spare_s = (min(entry.deadline for entry in batch) - total_s - ready) / 2
+        return ready + min(self._batch_wait_s, spare_s)
 
     def _drop_late(self, now: float) -> list[Entry]:
         """Take out those that would be too late even if they began now and were quick as ever."""

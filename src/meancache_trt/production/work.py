@@ -246,7 +246,8 @@ def tried_apart(run: Callable[[Any], list[Any]], batch: Any) -> list[Any]:
 
 def reason(error: Exception) -> str:
     """An error for a log: the message of ours, the type too of others'."""
-    return str(error) if isinstance(error, MeanCacheError) else f"{type(error).__name__}: {error}"
+    is_ours = isinstance(error, (MeanCacheError, Cancelled))
+    return str(error) if is_ours else f"{type(error).__name__}: {error}"
 
 
 def _scales(tickets: Sequence[Ticket]) -> NDArray[np.float32] | None:
