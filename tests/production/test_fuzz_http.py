@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from scripts.production.fuzz_http import quick_bundle, run
+from scripts.production.fuzz_http import noting_writes, quick_bundle, run
 
 from meancache_trt.meancache.hashing import sha256_of
 
@@ -18,6 +18,21 @@ def test_fuzzed_requests_get_the_answers_that_the_openapi_promises(bundle, tmp_p
     assert max(set(outcome.statuses) - {503, 504}) < 500
     assert outcome.written == []
     assert contents(bundle) == before
+
+
+def test_a_write_is_noted_and_a_reading_is_not(tmp_path):
+    written = []
+    with noting_writes(written):
+        (tmp_path / "new").write_text("a")
+        (tmp_path / "new").read_text()
+        (tmp_path / "new").rename(tmp_path / "old")
+        (tmp_path / "folder").mkdir()
+    (tmp_path / "after").write_text("a")
+    assert written == [
+        f"open {tmp_path / 'new'}",
+        f"os.rename {tmp_path / 'new'}",
+        f"os.mkdir {tmp_path / 'folder'}",
+    ]
 
 
 def contents(bundle):
