@@ -8,6 +8,7 @@ Prints the last snapshot as JSON; an error is one message on stderr and exit sta
 from __future__ import annotations
 
 import argparse
+import queue
 import signal
 import sys
 import threading
@@ -31,7 +32,7 @@ def main() -> None:
     """Run until all is done, or SIGTERM."""
     options = _parser().parse_args()
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    _set_by_sigterm(stop)
     try:
         with load(options.bundle, threads=1, embedding_cache=options.cache) as pipeline:
             tickets = read_tickets(pipeline, options.jobs)
@@ -65,6 +66,18 @@ def run_options(
         workers=workers,
         batch=batch,
     )
+
+
+def _set_by_sigterm(stop: threading.Event) -> None:
+    """By way of a thread: a handler that interrupts the event's own code would wait for ever."""
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+    signal.signal(signal.SIGTERM, lambda number, _: arrived.put(number))
+
+    def wait() -> None:
+        arrived.get()
+        stop.set()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -108,7 +108,7 @@ class Study:
         rounds = self.options.rounds
         plain = against_plain_loop(self.bundle, self._folder("plain"), jobs=128, rounds=rounds)
         mid_size = mid_size_bundle(self.work / "mid-size.mcb")
-        denoising = against_denoising(mid_size, self._folder("mid-size"), jobs=64, rounds=rounds)
+        denoising = against_denoising(mid_size, self._folder("mid-size"), jobs=96, rounds=rounds)
         work = self._folder("first")
         checks = {
             f"{plain['ratio']:.2f} times the plain loop": plain["ratio"] >= AGAINST_PLAIN,

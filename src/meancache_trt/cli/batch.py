@@ -27,6 +27,8 @@ from meancache_trt.production.jobs import Limits
 from meancache_trt.production.limits import MIN_FREE_BYTES, Guard
 from meancache_trt.production.metrics import MetricsTarget
 from meancache_trt.production.names import NameTemplate
+from meancache_trt.production.ray_cluster import Cluster
+from meancache_trt.production.ray_data import RayRun
 from meancache_trt.production.results import LOG
 from meancache_trt.production.run import Run, RunOptions
 from meancache_trt.production.summary import Summary, summarize
@@ -36,6 +38,7 @@ from meancache_trt.production.watch import View, live_view, plain_lines, watchin
 _FAULTS_SHOWN = 20
 _NUMBERED = "{index:04d}-{slug}"
 _BY_ID = "{id}"
+_LOCAL_RAY = "local"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +62,16 @@ class Batching:
     min_free: int | None
     metrics: MetricsTarget | None
     any_version: bool
+    ray: str | None
+    actors: int | None
 
     def __post_init__(self) -> None:
         if self.percentile is not None and self.target_psnr is None:
             raise click.UsageError("--percentile is that of --target-psnr")
         if self.batch is not None and self.max_batch is not None:
             raise click.UsageError("give --batch or --max-batch, but not both")
+        if self.actors is not None and self.ray is None:
+            raise click.UsageError("--actors are those of --ray")
 
     def check_unused(self) -> None:
         """A usage error where any was given."""
@@ -183,6 +190,21 @@ options_of_run = options.gathered(
         help="Go on with a run that another version of the runtime began; pictures may differ in "
         "their last bits.",
     ),
+    click.option(
+        "--ray",
+        is_flag=False,
+        flag_value=_LOCAL_RAY,
+        metavar="[ADDRESS]",
+        help="Render on a Ray cluster, such as auto or HOST:PORT, or without an address on one of "
+        "this machine's own. All nodes need the bundle and the output directory at these paths.",
+    ),
+    click.option(
+        "--actors",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="With --ray: processes; by default one for each GPU, or where there is none as many "
+        "as the cores suffice for.",
+    ),
 )
 """Give a command these options; it gets them as one `Batching` named `batching`."""
 
@@ -213,18 +235,27 @@ def render_jobs(
         checker = Checker(pipeline, settings, defaults, Limits())
         tickets, faults = check_all(lines, checker, skip_bad=batching.skip_bad)
         _tell(faults)
-        if pipeline.runtime.device != "cpu":
+        # On Ray there are actors side by side, each with workers of its own.
+        if pipeline.runtime.device != "cpu" or batching.ray is not None:
             workers = batching.workers or 1
-        run = Run(
-            pipeline,
-            tickets,
-            settings,
-            batching.run_options(output, _formats(formats, tickets), names, workers),
+        chosen = batching.run_options(output, _formats(formats, tickets), names, workers)
+        run = (
+            Run(pipeline, tickets, settings, chosen)
+            if batching.ray is None
+            else RayRun(
+                opening.elsewhere(bundle),
+                tickets,
+                chosen,
+                Cluster(None if batching.ray == _LOCAL_RAY else batching.ray, batching.actors),
+                settings=settings,
+                defaults=defaults,
+                limits=Limits(),
+            )
         )
         problem: MeanCacheError | None = None
         with watching(run.snapshot, _views(batching.metrics)):
             try:
-                run.run(stop)  # --ray: what runs on several machines takes its place
+                run.run(stop)
             except MeanCacheError as error:
                 problem = error  # what was done is told first
         snapshot = run.snapshot(is_stopped=stop.is_set())

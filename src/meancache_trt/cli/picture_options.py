@@ -10,6 +10,7 @@ import click
 from meancache_trt.cli import options
 from meancache_trt.export.text import TextPrecision
 from meancache_trt.media.formats import OutputFormat
+from meancache_trt.production import ray_data
 from meancache_trt.production.tickets import Defaults, Settings
 from meancache_trt.render import Pipeline, load
 
@@ -32,6 +33,16 @@ class Opening:
             embedding_cache=self.embedding_cache,
             text_precision=self.text_precision,
             keep_encoders=keep_encoders,
+        )
+
+    def elsewhere(self, bundle: Path) -> ray_data.Opening:
+        """How the actors of a run open it, each with one thread where nobody said."""
+        return ray_data.Opening(
+            bundle,
+            backend=self.backend,
+            threads=self.threads or 1,
+            embedding_cache=self.embedding_cache,
+            text_precision=self.text_precision,
         )
 
 

@@ -65,8 +65,8 @@ def render(
 
     --prompts begins a run, which may be killed at any time and goes on when the same command is
     given again, also by several processes at once; DIRECTORY/results.jsonl tells of each job. What
-    a job does not say is taken from the options. The options from --target-psnr to --any-version
-    are those of a run.
+    a job does not say is taken from the options. The options from --target-psnr to --actors are
+    those of a run.
     """
     _check_one_source(texts, file, embeddings)
     if file is not None:

@@ -57,7 +57,7 @@ def print_run(
     ]
     always = {"jobs", "done", "failed", "seconds", "pictures/s here"}
     print_table(["run", ""], [row for row in rows if row[0] in always or row[1]])
-    if snapshot.done or snapshot.failed:
+    if snapshot.busy and (snapshot.done or snapshot.failed):  # the actors of --ray keep theirs
         click.echo()
         busy = [(name, f"{share:.0%}") for name, share in snapshot.busy.items()]
         print_table(["stage", "busy"], busy)

@@ -8,9 +8,11 @@ claims chunks that nobody else holds, and takes over those whose process has die
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -146,19 +148,27 @@ class Run:
         Raises `InputError` where files cannot be written or a limit of the guard is reached, and
         `RenderError` after too many failures. What was done by then is in the log.
         """
+        with self.opened(stop):
+            self.feed(self.chunks(), stop)
+        return self.snapshot(is_stopped=stop.is_set())
+
+    @contextlib.contextmanager
+    def opened(self, stop: threading.Event) -> Iterator[None]:
+        """The stages at work, for `feed`; the end waits for what is under way and raises as `run`.
+
+        Where `stop` is set by then, what is not under way is dropped.
+        """
         self._started = time.monotonic()
-        chunks = self._chunks()
         with scratch(self._options.output) as temporary:
             output = OutputDirectory(self._options.output, temporary)
             self._conveyor = Conveyor(self._stages(output, stop), room=_ROOM, on_failure=_give_up)
             try:
                 with self._conveyor:
-                    self._feed(chunks, stop)
+                    yield
             finally:
                 for chunk in self._open.values():
                     chunk.claim.release()
                 self._ended = time.monotonic()
-        return self.snapshot(is_stopped=stop.is_set())
 
     def snapshot(self, *, is_stopped: bool = False) -> Snapshot:
         """How far it is; from any thread."""
@@ -192,33 +202,37 @@ class Run:
             batch_size=options.batch,
         )
 
-    def _chunks(self) -> list[Chunk]:
-        sizes: dict[Group, GroupSizes] = {}
-        for ticket in self._tickets:
-            if ticket.group not in sizes:
-                sizes[ticket.group] = self._sizes(ticket)
+    def chunks(self) -> list[Chunk]:
+        """All jobs as chunks, the same in every process; the first one measures batch sizes."""
+        jobs = Counter(ticket.group for ticket in self._tickets)
+        members = {ticket.group: ticket for ticket in self._tickets}
+        sizes = {group: self._sizes(members[group], count) for group, count in jobs.items()}
         return chunks_of(
             self._tickets,
             lambda group: sizes[group].batch_size,
             lambda group: sizes[group].batches_a_chunk,
         )
 
-    def _sizes(self, ticket: Ticket) -> GroupSizes:
+    def _sizes(self, ticket: Ticket, jobs: int) -> GroupSizes:
         """What all processes of the run cut a group by: measured by the first that meets it."""
         options, graphs = self._options, self._pipeline.graphs
 
         def measure() -> GroupSizes:
             batch = options.batch
             if batch is None:
-                limit, workers = options.batch_limit, options.workers
+                limit, workers = min(options.batch_limit, jobs), options.workers
                 batch, _ = choose_batch(graphs, ticket.group, limit=limit, workers=workers)
             has_lengths = len(graphs.bundle.export.text_lengths) > 1
             return GroupSizes(batch, BATCHES_A_CHUNK if has_lengths else 1)
 
         return agreed_sizes(options.output, group_name(ticket), measure)
 
-    def _feed(self, chunks: Iterable[Chunk], stop: threading.Event) -> None:
-        """Put in every chunk that has something undone, once nobody else holds it."""
+    def feed(self, chunks: Iterable[Chunk], stop: threading.Event) -> None:
+        """Put in every chunk that has something undone, once nobody else holds it.
+
+        Returns when all are in or done, `stop` is set, or the stages have failed, which the end of
+        `opened` raises. One thread at a time. Raises `InputError` as `run` does.
+        """
         assert self._conveyor is not None
         left = list(chunks)
         while left and not stop.is_set():
@@ -228,6 +242,15 @@ class Run:
             if len(held) == len(left):  # others are at all of them
                 stop.wait(_LOOK_AGAIN_S)
             left = held
+
+    def is_through(self, chunks: Iterable[Chunk]) -> bool:
+        """Whether chunks that were fed need no waiting for: they are done, or the stages failed."""
+        return self.is_failed or not any(map(self._undone, chunks))
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether the stages have stopped with an error, which the end of `opened` raises."""
+        return self._conveyor is not None and self._conveyor.is_stopped
 
     def _begin(self, chunk: Chunk) -> bool:
         """Take on a chunk; false where another process holds it."""
