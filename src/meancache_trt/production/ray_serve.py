@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from meancache_trt.errors import RuntimeUnavailableError
 from meancache_trt.production.hosting import Hosting, ending_at_sigterm, opened_app, serving
+from meancache_trt.production.ray_cluster import connect
 
 try:
     import ray
@@ -58,10 +59,10 @@ def served(
 
     `address` is a cluster's, whose other services stay; None starts Ray on this machine alone,
     unless this process has already done so. Replicas have one GPU each where there are some.
-    Raises `RuntimeUnavailableError` where Ray cannot start them.
+    Raises `RuntimeUnavailableError` where Ray cannot be joined or cannot start them.
     """
     if not ray.is_initialized():
-        ray.init(address or "local", include_dashboard=None if address else False)
+        connect(address)
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
         serve.start(http_options={"host": host, "port": port})
