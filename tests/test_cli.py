@@ -352,7 +352,8 @@ def test_doctor_reports_packages_and_backends(run):
 def test_help_needs_no_heavy_package():
     script = (
         "import sys; from meancache_trt.cli import cli; "
-        "bad = {'torch', 'diffusers', 'onnxruntime', 'tensorrt', 'onnx'} & set(sys.modules); "
+        "bad = {'torch', 'diffusers', 'onnxruntime', 'tensorrt', 'onnx', 'fastapi', 'pydantic', "
+        "'prometheus_client', 'ray', 'uvicorn'} & set(sys.modules); "
         "sys.exit(str(bad) if bad else 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], check=False)

@@ -18,6 +18,7 @@ from meancache_trt.cli.evaluate import evaluate
 from meancache_trt.cli.inspect import inspect
 from meancache_trt.cli.plan import plan
 from meancache_trt.cli.render import encode, render
+from meancache_trt.cli.serve import serve
 from meancache_trt.errors import MeanCacheError
 
 
@@ -48,6 +49,7 @@ for command in (
     demo,
     build,
     render,
+    serve,
     evaluate,
     inspect,
     doctor,

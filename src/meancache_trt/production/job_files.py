@@ -109,7 +109,7 @@ def _json_rows(file: BinaryIO, limits: Limits) -> Iterator[_Row]:
                 raise content
             if not content.strip():
                 continue
-            fields = _decode(content.rstrip())
+            fields = decode_object(content.rstrip())
             if fields.get("id") is None:
                 fields["id"] = _numbered(number)
             yield number, fields
@@ -259,7 +259,11 @@ def _numbered(number: int) -> str:
     return f"{number:04d}"
 
 
-def _decode(text: str) -> _Fields:
+def decode_object(text: str) -> _Fields:
+    """The fields of one JSON object, strictly: no name twice, no NaN, no endless numbers.
+
+    Raises `InputError` for anything else.
+    """
     try:
         fields = _DECODER.decode(text)
     except json.JSONDecodeError as error:

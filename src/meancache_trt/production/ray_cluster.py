@@ -76,7 +76,7 @@ def joined_cluster(address: str | None, content: bytes) -> Iterator[Any]:
     is_ours = not ray.is_initialized()
     if is_ours:
         with _handler_kept():
-            _connect(address, len(content))
+            connect(address, len(content))
     try:
         yield ray.put(content)
     finally:
@@ -84,7 +84,11 @@ def joined_cluster(address: str | None, content: bytes) -> Iterator[Any]:
             ray.shutdown()
 
 
-def _connect(address: str | None, content_bytes: int) -> None:
+def connect(address: str | None, content_bytes: int = 0) -> None:
+    """Join the cluster at `address`, or start one here with room for so much; both quietly.
+
+    Raises `RuntimeUnavailableError` where none can be joined.
+    """
     ray = import_ray()
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:

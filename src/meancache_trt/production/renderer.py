@@ -75,7 +75,7 @@ class RendererStatus:
     """How a renderer is doing: jobs that wait and are being rendered, and what became of others.
 
     Of those that wait, `ready` ones are encoded. `busy` is the share of `uptime_s` that each stage
-    has worked.
+    has worked. `closed` is why no more jobs are taken on; None while they are.
     """
 
     waiting: int
@@ -84,6 +84,7 @@ class RendererStatus:
     outcomes: Mapping[OutcomeKind, int]
     busy: Mapping[str, float]
     uptime_s: float
+    closed: str | None
 
 
 class Renderer:
@@ -211,6 +212,7 @@ class Renderer:
                 outcomes=dict(self._counts),
                 busy=self._conveyor.busy(uptime_s),
                 uptime_s=uptime_s,
+                closed=self._closed,
             )
 
     def close(self, *, is_drained: bool = True) -> None:
