@@ -71,4 +71,5 @@ def _exported(model: str, path: Path, *, side: int) -> Path:
     for name, (nodes, spans) in _OFFICIAL.items():
         bundle.add_schedule(bake("official", grid, nodes, spans, name=name))
     bundle.add_schedule(bake("euler", short, range(2), name="b2"))
+    bundle.add_schedule(bake("euler", grid, range(0, _STEPS, 2), name="b25"))
     return path

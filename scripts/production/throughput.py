@@ -60,10 +60,10 @@ def against_plain_loop(
 
 
 def against_denoising(
-    bundle: Path, work: Path, *, jobs: int, rounds: int, workers: int = 2
+    bundle: Path, work: Path, schedule: str, *, jobs: int, rounds: int, workers: int = 2
 ) -> dict[str, Any]:
     """The share of a run's time that its denoising evaluations take with as many threads alone."""
-    path = write_jobs(work / "jobs.jsonl", jobs, ["b10"], prompts=jobs)
+    path = write_jobs(work / "jobs.jsonl", jobs, [schedule], prompts=jobs)
     times: dict[str, list[float]] = {"denoising": [], "run": []}
     snapshots = []
     with load(bundle, threads=1, embedding_cache="off") as pipeline:

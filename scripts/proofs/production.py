@@ -50,6 +50,10 @@ _TARGET = _ROOT / "docs" / "proof" / "production.json"
 AGAINST_PLAIN, AGAINST_DENOISING, MEMORY_DEVIATION, PREDICTION = 1.25, 0.95, 0.05, 0.1
 """What a run and a renderer are to keep: at least the first two, at most the others."""
 
+MID_SIZE_JOBS = {"b10": 64, "b25": 32}
+"""On the mid-size model decoding takes as long as half an evaluation, on the same two cores: at ten
+evaluations that alone is 5 %, so they dominate at 25, where `AGAINST_DENOISING` is asked for."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -108,11 +112,15 @@ class Study:
         rounds = self.options.rounds
         plain = against_plain_loop(self.bundle, self._folder("plain"), jobs=128, rounds=rounds)
         mid_size = mid_size_bundle(self.work / "mid-size.mcb")
-        denoising = against_denoising(mid_size, self._folder("mid-size"), jobs=96, rounds=rounds)
+        denoising = {
+            name: against_denoising(mid_size, self._folder(name), name, jobs=count, rounds=rounds)
+            for name, count in MID_SIZE_JOBS.items()
+        }
+        share = denoising["b25"]["share"]
         work = self._folder("first")
         checks = {
             f"{plain['ratio']:.2f} times the plain loop": plain["ratio"] >= AGAINST_PLAIN,
-            f"{denoising['share']:.1%} denoising": denoising["share"] >= AGAINST_DENOISING,
+            f"{share:.1%} denoising": share >= AGAINST_DENOISING,
             f"{plain['differing_pictures']} pictures differ": not plain["differing_pictures"],
         }
         return {

@@ -58,7 +58,7 @@ def test_a_run_makes_the_pictures_of_a_plain_loop(shared_bundle: Path, tmp_path:
 
 
 def test_what_a_run_is_measured_by_can_be_measured(shared_bundle: Path, tmp_path: Path) -> None:
-    found = against_denoising(shared_bundle, tmp_path, jobs=4, rounds=1)
+    found = against_denoising(shared_bundle, tmp_path, "b10", jobs=4, rounds=1)
     assert str(found["batch"]) in found["picture_ms_by_batch"]
     assert set(batch_gains(shared_bundle, tmp_path, limit=2)["b6"]) == {"chosen", "1", "2"}
     assert all(first_picture_s(shared_bundle, tmp_path, rounds=1).values())
