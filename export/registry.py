@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from meancache_trt.export.family import Family
 
-FAMILIES = MappingProxyType({family.name: family for family in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO, Z_IMAGE)})
+FAMILIES = MappingProxyType(
+    {family.name: family for family in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO, Z_IMAGE)}
+)
 """Family name -> family."""
 
 

@@ -1,7 +1,7 @@
 """The wrapper of Z-Image: modules to trace, and diffusers' own code as the oracle.
 
-The module takes lists of pictures and of prompts without padding, and pads both in Python. Its graph
-takes padded batches with a mask, and pads further, to multiples of 32 tokens, by itself.
+The module takes lists of pictures and of prompts without padding, and pads both in Python. Its
+graph takes padded batches with a mask, and pads further, to multiples of 32 tokens, by itself.
 """
 
 from __future__ import annotations

@@ -201,8 +201,8 @@ def check_guidance(guidance: Guidance, scale: float | None) -> None:
     check_guidance_scale(scale)
     if guidance.is_classifier_free and scale is not None and scale < guidance.least_scale:
         raise InputError(
-            f"a classifier-free guidance scale is at least {guidance.least_scale}, which leaves the "
-            f"negative prompt without effect, found {scale}"
+            f"a classifier-free guidance scale is at least {guidance.least_scale}, which leaves "
+            f"the negative prompt without effect, found {scale}"
         )
 
 
