@@ -41,7 +41,7 @@ def test_published_configuration_has_the_models_sizes() -> None:
     assert Z_IMAGE.longest_side(PUBLISHED) == 8192
     assert Z_IMAGE.default_text_tokens(PUBLISHED) == 512
     symbols = Z_IMAGE.symbols(PUBLISHED, Size(720, 1296, 512))
-    assert (symbols["image_tokens"], symbols["padded_image_tokens"]) == (45 * 81, 45 * 81 + 11)
+    assert (symbols["image_tokens"], symbols["padded_image_tokens"]) == (45 * 81, 45 * 81 + 3)
     signatures = Z_IMAGE.signatures(PUBLISHED)
     rope = signatures.transformer.inputs["image_rope"]
     assert rope.shape == ("two_batch", "padded_image_tokens", 128)
