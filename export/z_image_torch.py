@@ -36,7 +36,7 @@ _PATCH = f"{PACK}-1"  # how the module calls its layers for patches of 2 x 2 in 
 def _rotated(value: Tensor, table: Tensor) -> Tensor:
     """Value (B, S, heads, D) turned by table (B, S, D), cosines and then sines, in float32."""
     cos, sin = table[:, :, None].chunk(2, dim=-1)
-    real, imaginary = value.float().unflatten(-1, (-1, 2)).unbind(-1)
+    real, imaginary = value.float().reshape(*value.shape[:-1], -1, 2).unbind(-1)
     parts = (real * cos - imaginary * sin, real * sin + imaginary * cos)
     return torch.stack(parts, dim=-1).flatten(-2).type_as(value)
 
@@ -58,9 +58,9 @@ def _attend(
         query, key = attn.norm_q(query), attn.norm_k(key)
     query, key = _rotated(query, freqs_cis), _rotated(key, freqs_cis)
     mask = None if attention_mask is None else attention_mask[:, None, None]
-    heads = (each.transpose(1, 2) for each in (query, key, value))
-    attended = scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
-    projected: Tensor = attn.to_out[0](attended)
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    projected: Tensor = attn.to_out[0](attended.transpose(1, 2).flatten(2))
     return projected
 
 
@@ -77,13 +77,16 @@ def _padded_lengths(mask: Tensor) -> Tensor:
 
 def _patchified(latent: Tensor) -> Tensor:
     """(B, C, Hl, Wl) to (B, S, 4 C), channels last in a patch."""
-    patches = latent.unflatten(3, (-1, PACK)).unflatten(2, (-1, PACK))
-    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    batch, channels, height, width = latent.shape
+    rows, columns = height // PACK, width // PACK
+    patches = latent.reshape(batch, channels, rows, PACK, columns, PACK)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
 
 
 def _unpatchified(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    patches = tokens.unflatten(2, (PACK, PACK, -1)).unflatten(1, (rows, columns))
-    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    batch = tokens.shape[0]
+    patches = tokens.reshape(batch, rows, columns, PACK, PACK, -1)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, PACK * rows, PACK * columns)
 
 
 class _Transformer(nn.Module):

@@ -113,7 +113,9 @@ def render(pipeline: Any, arguments: Mapping[str, Any], **changes: Any) -> Any:
         "output_type": "latent",
         "return_dict": False,
     }
-    return pipeline(**{**settings, **arguments, **changes})[0]
+    given = {**settings, **arguments, **changes}
+    # ZImagePipeline writes its chat template into the lists of prompts that it is given.
+    return pipeline(**{n: list(v) if isinstance(v, list) else v for n, v in given.items()})[0]
 
 
 def both(

@@ -16,7 +16,7 @@ from meancache_trt.bundle import Bundle, create_bundle
 from meancache_trt.errors import InputError
 from meancache_trt.export import detect, export_components
 from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.export.z_image import Z_IMAGE
+from meancache_trt.export.z_image import LONGEST_TEXT_TOKENS, Z_IMAGE
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
 from meancache_trt.meancache.noise import philox_normal
 from meancache_trt.meancache.presets import preset
@@ -33,8 +33,8 @@ STEPS, SCALE, SEED = 8, 4.0, 3
 PROMPT, OTHER = "a red dog", "two cats on a mat, at night"
 NEGATIVE = "blurry, and with many words, too"
 
-LATENT_TOLERANCE = 5e-5
-"""Float32 sums in another order, over 8 evaluations of values near 3; measured 1e-5."""
+LATENT_TOLERANCE = 2e-5
+"""Float32 sums in another order, over 8 evaluations of values below 5; measured 5e-6."""
 
 
 @dataclass(frozen=True)
@@ -343,6 +343,6 @@ def test_record_holds_what_a_host_needs(base: Made, turbo: Made) -> None:
         "transformer",
         "vae_decoder",
     }
-    for name in ("transformer", "vae_decoder"):
-        part = export.components[name]
-        assert part.shared_bytes >= 0.95 * part.weight_bytes > 0
+    assert export.components["vae_decoder"].shared_bytes > 0
+    part, table_bytes = export.components["transformer"], 4 * LONGEST_TEXT_TOKENS * 32
+    assert 0 < part.weight_bytes - part.shared_bytes < 1.02 * table_bytes
