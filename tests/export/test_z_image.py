@@ -2,15 +2,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
+from numpy.typing import NDArray
 
 from meancache_trt.errors import ExportError, InputError
 from meancache_trt.export import z_image_torch
 from meancache_trt.export.family import Size, check_size
 from meancache_trt.export.z_image import LONGEST_TEXT_TOKENS, Z_IMAGE
 from meancache_trt.manifest import check_guidance
+from meancache_trt.tiling import decode_tiled, levels
+from tests.export.tiny_flux import tiny_vae
 from tests.export.tiny_z_image import FEATURES, tiny_pipeline, tiny_transformer
 
 # Tongyi-MAI/Z-Image: transformer, vae and scheduler configuration, without what is unused
@@ -130,3 +134,23 @@ def test_a_prompt_beyond_the_text_tokens_is_cut_as_the_pipeline_does() -> None:
         found = z_image_torch.encode_prompts(pipeline, [prompt], 20)
     assert torch.equal(found["encoder_hidden_states"][0], features)
     assert found["encoder_hidden_states_mask"].all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(14, 10), (8, 12), (4, 26)])
+def test_pictures_are_what_diffusers_decodes_in_tiles(height: int, width: int) -> None:
+    vae = tiny_vae()
+    assert Z_IMAGE.tiling is not None
+    tiling = Z_IMAGE.tiling({"vae": vae.config})
+    latent = torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(height))
+    graph = z_image_torch.decoder_graph(vae)
+
+    def decode(tile: NDArray[Any]) -> NDArray[Any]:
+        made: NDArray[Any] = graph(torch.from_numpy(tile)).numpy().copy()
+        return made
+
+    with torch.inference_mode():
+        found = decode_tiled(latent.numpy(), levels(tiling, is_space_tiled=True), decode)
+        vae.enable_tiling()
+        expected = z_image_torch.reference_image(vae, latent, {}).numpy()
+    # blended in NumPy and in torch, which round products and sums apart
+    np.testing.assert_allclose(found.clip(0, 1), expected, rtol=0, atol=1e-6)
