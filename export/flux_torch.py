@@ -11,6 +11,7 @@ from diffusers import FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
+from meancache_trt.export.autoencoder_kl import decoded
 from meancache_trt.export.family import Configs
 from meancache_trt.export.flux import AXIS_POSITIONS, rope_axes
 from meancache_trt.export.packing import PACK, pack, unpack
@@ -117,10 +118,7 @@ class _Decoder(nn.Module):
         self.network = vae
 
     def forward(self, latent: Tensor) -> Tensor:
-        vae: Any = self.network
-        unscaled = unpack(latent) / vae.config.scaling_factor + vae.config.shift_factor
-        image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
-        return image.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
+        return decoded(self.network, unpack(latent))
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from meancache_trt.errors import ExportError
+from meancache_trt.export import autoencoder_kl
 from meancache_trt.export.family import (
     Configs,
     Family,
@@ -14,7 +15,6 @@ from meancache_trt.export.family import (
     setting,
 )
 from meancache_trt.export.packing import PACK
-from meancache_trt.export.tiles import space_axes
 from meancache_trt.manifest import Guidance, Role, TensorRecord, Tiling
 
 TOKEN_UNIT = 32
@@ -30,8 +30,6 @@ _PIPELINE_SCALE = 5.0  # ZImagePipeline.__call__
 # the distilled model, which is called without guidance.
 _TURBO_SHIFT = 3.0
 
-_VAE_SAMPLE_SIZE = 32  # AutoencoderKL's default
-
 # ZImageTransformer2DModel's defaults
 _ROPE_AXES, _ROPE_POSITIONS = (32, 48, 48), (1024, 512, 512)
 
@@ -41,23 +39,13 @@ def is_guided(configs: Configs) -> bool:
     return float(configs["scheduler"].get("shift", 1.0)) != _TURBO_SHIFT
 
 
-def _vae_factor(configs: Configs) -> int:
-    # ZImagePipeline.__init__: one halving for each block after the first.
-    return int(2 ** (len(setting(configs, "vae", "block_out_channels")) - 1))
-
-
 def _multiple(configs: Configs) -> int:
-    return PACK * _vae_factor(configs)
+    return PACK * autoencoder_kl.factor(configs)
 
 
 def _longest_side(configs: Configs) -> int:
     _, rows, columns = configs["transformer"].get("axes_lens", _ROPE_POSITIONS)
     return int(min(rows, columns)) * _multiple(configs)
-
-
-def _default_side(configs: Configs) -> int:
-    # Z-Image's own VAE configuration says 1024, which is also ZImagePipeline's default.
-    return int(configs["vae"].get("sample_size", _VAE_SAMPLE_SIZE))
 
 
 def _symbols(configs: Configs, size: Size) -> dict[str, int]:
@@ -150,10 +138,7 @@ def _signatures(configs: Configs) -> Signatures:
 
 
 def _tiling(configs: Configs) -> Tiling:
-    # AutoencoderKL.__init__ and tiled_decode: tiles of the training size overlap by a quarter.
-    tile = _default_side(configs)
-    unit, stride = _vae_factor(configs), tile - int(tile * 0.25)
-    return Tiling(space=space_axes(tile, stride, unit=unit, latent_axis=2, image_axis=2))
+    return autoencoder_kl.tiling(configs, unit=autoencoder_kl.factor(configs), latent_axis=2)
 
 
 def _wrapper() -> Wrapper:
@@ -178,7 +163,7 @@ Z_IMAGE = Family(
     longest_text_tokens=LONGEST_TEXT_TOKENS,
     multiple=_multiple,
     longest_side=_longest_side,
-    default_side=_default_side,
+    default_side=autoencoder_kl.default_side,
     symbols=_symbols,
     signatures=_signatures,
     wrapper=_wrapper,

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from meancache_trt.errors import InputError
+from meancache_trt.export.autoencoder_kl import decoded
 from meancache_trt.export.family import Configs
 from meancache_trt.export.packing import PACK
 from meancache_trt.export.patching import replaced
+from meancache_trt.export.rotation import real, rotated
 from meancache_trt.export.z_image import LONGEST_TEXT_TOKENS, TOKEN_UNIT, is_guided
 
 POSITION_ARGUMENTS: tuple[str, ...] = ()
@@ -31,14 +33,6 @@ POSITION_ARGUMENTS: tuple[str, ...] = ()
 _PIPELINE_TIMESTEPS = 1000.0  # ZImagePipeline.__call__ feeds (1000 - timestep) / 1000
 _MAX_PERIOD = 10000  # TimestepEmbedder.timestep_embedding
 _PATCH = f"{PACK}-1"  # how the module calls its layers for patches of 2 x 2 in one frame
-
-
-def _rotated(value: Tensor, table: Tensor) -> Tensor:
-    """Value (B, S, heads, D) turned by table (B, S, D), cosines and then sines, in float32."""
-    cos, sin = table[:, :, None].chunk(2, dim=-1)
-    real, imaginary = value.float().reshape(*value.shape[:-1], -1, 2).unbind(-1)
-    parts = (real * cos - imaginary * sin, real * sin + imaginary * cos)
-    return torch.stack(parts, dim=-1).flatten(-2).type_as(value)
 
 
 def _attend(
@@ -56,17 +50,12 @@ def _attend(
     query, key, value = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in layers)
     if attn.norm_q is not None:
         query, key = attn.norm_q(query), attn.norm_k(key)
-    query, key = _rotated(query, freqs_cis), _rotated(key, freqs_cis)
+    query, key = rotated(query, freqs_cis), rotated(key, freqs_cis)
     mask = None if attention_mask is None else attention_mask[:, None, None]
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
     attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
     projected: Tensor = attn.to_out[0](attended.transpose(1, 2).flatten(2))
     return projected
-
-
-def _real(table: Tensor) -> Tensor:
-    """Complex (S, D/2) to real (S, D): the cosines, then the sines."""
-    return torch.cat([table.real, table.imag], dim=-1)
 
 
 def _padded_lengths(mask: Tensor) -> Tensor:
@@ -98,7 +87,7 @@ class _Transformer(nn.Module):
         self.register_buffer("frequencies", torch.exp(exponents), persistent=False)
         ids = torch.zeros(LONGEST_TEXT_TOKENS, 3, dtype=torch.int64)
         ids[:, 0] = torch.arange(1, LONGEST_TEXT_TOKENS + 1)
-        self.register_buffer("text_rope", _real(network.rope_embedder(ids)), persistent=False)
+        self.register_buffer("text_rope", real(network.rope_embedder(ids)), persistent=False)
 
     def _time(self, timestep: Tensor) -> Tensor:
         """What modulates every block. Exact up to the sines, unlike a rounded timestep."""
@@ -210,10 +199,7 @@ class _Decoder(nn.Module):
         self.network = vae
 
     def forward(self, latent: Tensor) -> Tensor:
-        vae: Any = self.network
-        unscaled = latent / vae.config.scaling_factor + vae.config.shift_factor
-        image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
-        return image.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
+        return decoded(self.network, latent)
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:
@@ -248,7 +234,7 @@ def reference_preparation(
     pictures = [noise[0][:, None]] * len(masks)
     captions = [torch.zeros(int(mask.sum()), 1) for mask in masks]
     ids = model.patchify_and_embed(pictures, captions, PACK, 1)[3]
-    rope = torch.stack([_real(model.rope_embedder(each)) for each in ids])
+    rope = torch.stack([real(model.rope_embedder(each)) for each in ids])
     made = {"latent": noise, "image_rope": rope}
     return made if len(masks) == len(noise) else {**made, "model_input": noise.repeat(2, 1, 1, 1)}
 
@@ -335,5 +321,5 @@ def position_tables(
     for length in lengths:
         start = (length + 1, 0, 0)
         grid = ZImageTransformer2DModel.create_coordinate_grid((1, rows, columns), start)
-        tables.append(_real(embed(torch.cat([grid.flatten(0, 2), padding]))))
+        tables.append(real(embed(torch.cat([grid.flatten(0, 2), padding]))))
     return {"image_rope": torch.stack(tables)}
