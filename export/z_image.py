@@ -161,6 +161,7 @@ Z_IMAGE = Family(
     guidance=_guidance,
     default_text_tokens=_default_text_tokens,
     longest_text_tokens=LONGEST_TEXT_TOKENS,
+    float16_overflow="github.com/Tongyi-MAI/Z-Image/issues/14",
     multiple=_multiple,
     longest_side=_longest_side,
     default_side=autoencoder_kl.default_side,
