@@ -67,16 +67,16 @@ def render(pipeline: Any, strength: float, **changes: Any) -> torch.Tensor:
         "generator": generator,
         "output_type": "latent",
     }
-    if isinstance(pipeline, FluxInpaintPipeline | QwenImageInpaintPipeline | ZImageInpaintPipeline):
+    if "Inpaint" in type(pipeline).__name__:
         mask = torch.zeros(1, 1, HEIGHT, WIDTH)
         mask[..., WIDTH // 2 :] = 1
         arguments["mask_image"] = mask
-    if isinstance(pipeline, FluxImg2ImgPipeline | FluxInpaintPipeline):
+    if type(pipeline).__name__.startswith("Flux"):
         arguments["max_sequence_length"] = tiny_flux.TEXT_TOKENS
-    elif isinstance(pipeline, ZImageImg2ImgPipeline | ZImageInpaintPipeline):
-        arguments |= {"negative_prompt": "blurry", "guidance_scale": 3.0}
     else:
-        arguments |= {"negative_prompt": "blurry", "true_cfg_scale": 3.0}
+        is_qwen = type(pipeline).__name__.startswith("Qwen")
+        scale = "true_cfg_scale" if is_qwen else "guidance_scale"
+        arguments |= {"negative_prompt": "blurry", scale: 3.0}
     latent: torch.Tensor = pipeline(strength=strength, **{**arguments, **changes}).images
     return latent
 
