@@ -117,6 +117,12 @@ def _mask(configs: Configs) -> TensorRecord:
 def _rope(configs: Configs) -> TensorRecord:
     """One of each sample, since a picture's positions begin after its padded prompt."""
     width = sum(configs["transformer"].get("axes_dims", _ROPE_AXES))
+    frames = configs["transformer"].get("axes_lens", _ROPE_POSITIONS)[0]
+    if frames < LONGEST_TEXT_TOKENS + 2:
+        raise ExportError(
+            f"transformer/config.json gives {frames} positions to text, expected at least "
+            f"{LONGEST_TEXT_TOKENS + 2}, as every Z-Image has; use an unmodified checkpoint"
+        )
     return float32("prepared", _batch(configs), "padded_image_tokens", width)
 
 

@@ -69,6 +69,7 @@ def test_turbo_takes_one_prompt_and_no_scale_and_the_base_model_both() -> None:
     [
         ({"in_channels": 4}, "VAE's 16 latent channels .* says in_channels 4"),
         ({"siglip_feat_dim": 1152}, "siglip_feat_dim 1152"),
+        ({"axes_lens": [512, 512, 512]}, "gives 512 positions to text, expected at least 994"),
         ({"all_patch_size": [4]}, r"all_f_patch_size \(\[4\], \[1\]\)"),
     ],
 )
