@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meancache_trt.errors import ExportError
-from meancache_trt.export import autoencoder_kl
+from meancache_trt.export.autoencoder_kl import latent_pixels, sample_size, tiling
 from meancache_trt.export.family import (
     Configs,
     Family,
@@ -24,6 +24,7 @@ AXIS_POSITIONS = 512
 PIPELINE_MAX_TEXT_TOKENS = 512
 """FluxPipeline.check_inputs refuses a longer max_sequence_length."""
 
+
 _ROPE_AXES = (16, 56, 56)  # FluxTransformer2DModel's default; FLUX.1-dev's config.json omits it
 
 
@@ -33,11 +34,16 @@ def rope_axes(configs: Configs) -> tuple[int, ...]:
 
 
 def _multiple(configs: Configs) -> int:
-    return PACK * autoencoder_kl.factor(configs)
+    return PACK * latent_pixels(configs)
 
 
 def _longest_side(configs: Configs) -> int:
     return AXIS_POSITIONS * _multiple(configs)
+
+
+def _default_side(configs: Configs) -> int:
+    # FLUX.1's own VAE configuration says 1024, which is also FluxPipeline's default.
+    return sample_size(configs)
 
 
 def _symbols(configs: Configs, size: Size) -> dict[str, int]:
@@ -133,7 +139,7 @@ def _signatures(configs: Configs) -> Signatures:
 
 
 def _tiling(configs: Configs) -> Tiling:
-    return autoencoder_kl.tiling(configs, unit=_multiple(configs), latent_axis=1)
+    return tiling(configs, unit=_multiple(configs), latent_axis=1)
 
 
 def _clip(configs: Configs) -> Signature:
@@ -195,7 +201,7 @@ FLUX = Family(
     default_text_tokens=_default_text_tokens,
     multiple=_multiple,
     longest_side=_longest_side,
-    default_side=autoencoder_kl.default_side,
+    default_side=_default_side,
     symbols=_symbols,
     signatures=_signatures,
     wrapper=_wrapper,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meancache_trt.errors import ExportError
-from meancache_trt.export import autoencoder_kl
+from meancache_trt.export.autoencoder_kl import latent_pixels, sample_size, tiling
 from meancache_trt.export.family import (
     Configs,
     Family,
@@ -40,7 +40,7 @@ def is_guided(configs: Configs) -> bool:
 
 
 def _multiple(configs: Configs) -> int:
-    return PACK * autoencoder_kl.factor(configs)
+    return PACK * latent_pixels(configs)
 
 
 def _longest_side(configs: Configs) -> int:
@@ -144,7 +144,7 @@ def _signatures(configs: Configs) -> Signatures:
 
 
 def _tiling(configs: Configs) -> Tiling:
-    return autoencoder_kl.tiling(configs, unit=autoencoder_kl.factor(configs), latent_axis=2)
+    return tiling(configs, unit=latent_pixels(configs), latent_axis=2)
 
 
 def _wrapper() -> Wrapper:
@@ -170,7 +170,7 @@ Z_IMAGE = Family(
     float16_overflow="github.com/Tongyi-MAI/Z-Image/issues/14",
     multiple=_multiple,
     longest_side=_longest_side,
-    default_side=autoencoder_kl.default_side,
+    default_side=sample_size,
     symbols=_symbols,
     signatures=_signatures,
     wrapper=_wrapper,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from meancache_trt.errors import InputError
-from meancache_trt.export.autoencoder_kl import decoded
+from meancache_trt.export.autoencoder_kl_torch import decode
 from meancache_trt.export.family import Configs
 from meancache_trt.export.packing import PACK
 from meancache_trt.export.patching import replaced
@@ -199,7 +199,7 @@ class _Decoder(nn.Module):
         self.network = vae
 
     def forward(self, latent: Tensor) -> Tensor:
-        return decoded(self.network, latent)
+        return decode(self.network, latent)
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:
