@@ -169,7 +169,8 @@ class Family:
     `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
     pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
-    it was reported that the network's activations exceed float16.
+    it was reported that the network's activations exceed float16. `module_output` makes of the
+    graph's velocity what the transformer's `forward` gives, where that has another sign or layout.
     """
 
     name: str
@@ -195,6 +196,7 @@ class Family:
     float16_overflow: str | None = None
     tiling: Callable[[Configs], Tiling] | None = None
     text_graphs: tuple[TextGraph, ...] = ()
+    module_output: Callable[[Any], Any] = lambda velocity: velocity
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

@@ -35,6 +35,7 @@ from meancache_trt.export.parity_inputs import (
     Arrays,
     Case,
     parity_cases,
+    prepare_feeds,
     random_feeds,
     random_ids,
     text_cases,
@@ -159,7 +160,7 @@ def _transformer_records(
     noises, inputs = [], []
     for case in parity_cases(job.family, job.configs, job.size, *job.further_sizes):
         feeds = random_feeds(signatures.transformer, case)
-        noise = random_feeds(signatures.prepare, case)
+        noise = prepare_feeds(signatures.prepare, case, feeds)
         noises.append((case, noise))
         inputs.append((case, with_prepared(signatures.transformer, feeds, prepare.run(noise))))
     blocks = () if _fits(model) else _first_blocks(model)

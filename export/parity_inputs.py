@@ -16,8 +16,9 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 # Rows, columns, text tokens and latent frames of a video: wide, tall, and neither. Six latent
-# frames are two tiles in time of the decoder of HunyuanVideo.
-_GRIDS = ((2, 5, 7, 6), (9, 4, 13, 1), (3, 3, 16, 2))
+# frames are two tiles in time of the decoder of HunyuanVideo; Z-Image pads prompts of up to 45
+# tokens to 32 or to 64.
+_GRIDS = ((2, 5, 7, 6), (9, 4, 45, 1), (3, 3, 16, 2))
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ def random_feeds(signature: Signature, case: Case) -> Arrays:
     """Values in the range that each input has in a render, by name."""
     generator = np.random.default_rng(case.seed)
     return {name: _random(record, case, generator) for name, record in signature.inputs.items()}
+
+
+def prepare_feeds(signature: Signature, case: Case, feeds: Arrays) -> Arrays:
+    """Inputs of the prepare graph, equal to the transformer's `feeds` where both take them."""
+    made = random_feeds(signature, case)
+    return {name: feeds.get(name, value) for name, value in made.items()}
 
 
 def random_ids(signature: Signature, case: Case, config: Any) -> Arrays:

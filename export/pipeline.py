@@ -37,7 +37,8 @@ from meancache_trt.manifest import (
 from meancache_trt.meancache.hashing import verified_sha256
 from meancache_trt.shapes import ONE, PictureSize, Range, text_buckets
 
-_SMALL_FILES = ("*.json", "*.txt", "*.model")  # configurations and vocabularies
+# Configurations, vocabularies and chat templates
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def export_components(

@@ -23,6 +23,7 @@ from meancache_trt.export.family import Configs
 from meancache_trt.export.packing import PACK, pack, unpack
 from meancache_trt.export.patching import replaced
 from meancache_trt.export.qwen_image import AXIS_POSITIONS, PIPELINE_MAX_TEXT_TOKENS, rope_axes
+from meancache_trt.export.rotation import real, rotated
 from meancache_trt.export.timesteps import Times, exact_times, fixed_timestep_frequencies
 
 POSITION_ARGUMENTS: tuple[str, ...] = ("img_shapes",)
@@ -43,10 +44,7 @@ class _GivenRope(nn.Module):
 def _rotate(value: Tensor, table: Tensor, *, use_real: bool) -> Tensor:
     """`apply_rotary_emb_qwen` in real numbers: value (B, S, heads, D), table (S, D) cos and sin."""
     assert not use_real  # what the attention processor passes; it means a complex table there
-    cos, sin = table[:, None].chunk(2, dim=-1)
-    real, imaginary = value.float().reshape(*value.shape[:-1], -1, 2).unbind(-1)
-    parts = (real * cos - imaginary * sin, real * sin + imaginary * cos)
-    return torch.stack(parts, dim=-1).flatten(-2).type_as(value)
+    return rotated(value, table)
 
 
 def _text_length(text: Tensor, mask: Tensor) -> tuple[int, None, Tensor]:
@@ -100,11 +98,6 @@ def transformer_graph(network: nn.Module) -> Iterator[nn.Module]:
         exact_times(network.get_submodule("time_text_embed")) as times,
     ):
         yield _Transformer(network, times)
-
-
-def _real(table: Tensor) -> Tensor:
-    """Complex (S, D/2) to real (S, D): the cosines, then the sines."""
-    return torch.cat([table.real, table.imag], dim=-1)
 
 
 class _Prepare(nn.Module):
@@ -227,8 +220,8 @@ def reference_preparation(
     return {
         "latent": latent,
         "model_input": torch.cat([latent, latent]),
-        "image_rope": _real(image),
-        "text_rope": _real(text),
+        "image_rope": real(image),
+        "text_rope": real(text),
     }
 
 
@@ -306,4 +299,4 @@ def position_tables(
     image, text = _embedding(rope_axes(configs))(
         [list(pictures)], max_txt_seq_len=text_tokens, device=torch.device("cpu")
     )
-    return {"image_rope": _real(image), "text_rope": _real(text)}
+    return {"image_rope": real(image), "text_rope": real(text)}

@@ -78,6 +78,7 @@ def _guidance(rule: GuidanceRule, rank: int) -> tuple[list[onnx.NodeProto], list
     is_rescaled = rule == "classifier_free_rescaled"
     guided = "guided" if is_rescaled else "velocity"
     halves = ["conditional", "unconditional"]
+    origin = halves[0] if rule == "classifier_free_from_conditional" else halves[1]
     scale_shape = helper.make_tensor(
         "scale_shape", TensorProto.INT64, [rank], [-1] + [1] * (rank - 1)
     )
@@ -86,7 +87,7 @@ def _guidance(rule: GuidanceRule, rank: int) -> tuple[list[onnx.NodeProto], list
         helper.make_node("Sub", halves, ["direction"]),
         helper.make_node("Reshape", ["guidance_scale", "scale_shape"], ["scale"]),
         helper.make_node("Mul", ["direction", "scale"], ["push"]),
-        helper.make_node("Add", ["unconditional", "push"], [guided]),
+        helper.make_node("Add", [origin, "push"], [guided]),
     ]
     if not is_rescaled:
         return nodes, [scale_shape]

@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 """Float32 sums in another order, over 6 evaluations of values up to 4; measured 1e-6."""
 
 
-@pytest.fixture(scope="module", params=["qwen_image", "hunyuan_video"])
+@pytest.fixture(scope="module", params=["qwen_image", "hunyuan_video", "z_image"])
 def masked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
     return shared_export(request.param, tmp_path_factory)
 

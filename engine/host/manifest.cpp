@@ -62,8 +62,11 @@ std::string size_text(std::int64_t height, std::int64_t width, std::optional<std
 }
 
 bool Guidance::is_classifier_free() const {
-  return rule == "classifier_free" || rule == "classifier_free_rescaled";
+  return rule == "classifier_free" || rule == "classifier_free_rescaled" ||
+         rule == "classifier_free_from_conditional";
 }
+
+int Guidance::least_scale() const { return rule == "classifier_free_from_conditional" ? 0 : 1; }
 
 void check_guidance(const Guidance& guidance, std::optional<double> scale) {
   if (guidance.rule == "none" && scale) {
@@ -71,11 +74,11 @@ void check_guidance(const Guidance& guidance, std::optional<double> scale) {
                 "this model takes no guidance scale, found " + text_of(*scale) + "; leave it out");
   }
   check_guidance_scale(scale);
-  if (guidance.is_classifier_free() && scale && *scale < 1) {
-    throw Error(MCT_INPUT_ERROR,
-                "a classifier-free guidance scale is at least 1, which leaves the negative prompt "
-                "without effect, found " +
-                    text_of(*scale));
+  if (guidance.is_classifier_free() && scale && *scale < guidance.least_scale()) {
+    throw Error(MCT_INPUT_ERROR, "a classifier-free guidance scale is at least " +
+                                     std::to_string(guidance.least_scale()) +
+                                     ", which leaves the negative prompt without effect, found " +
+                                     text_of(*scale));
   }
 }
 

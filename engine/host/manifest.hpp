@@ -111,6 +111,8 @@ struct Guidance {
   std::optional<double> default_scale;
 
   bool is_classifier_free() const;
+  // The classifier-free scale at which the negative prompt has no effect.
+  int least_scale() const;
 };
 
 // Throws an input error for a scale that a model with this guidance cannot take.

@@ -152,7 +152,7 @@ Guidance read_guidance(const Json& json) {
   JsonObject object(json);
   Guidance guidance;
   const std::vector<std::string> rules = {"embedded", "classifier_free", "classifier_free_rescaled",
-                                          "none"};
+                                          "classifier_free_from_conditional", "none"};
   guidance.rule = rules[object.required("rule").choice(rules)];
   guidance.default_scale = maybe(object.required_nullable("default_scale"), to_number);
   object.close();

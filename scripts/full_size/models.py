@@ -64,6 +64,21 @@ _QWEN_VL_7B: Config = {
     },
     "vocab_size": 152064,
 }
+_QWEN3_4B: Config = {
+    "architectures": ["Qwen3Model"],
+    "head_dim": 128,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
 _LLAMA_8B: Config = {
     "architectures": ["LlamaModel"],
     "hidden_size": 4096,
@@ -159,6 +174,24 @@ _HUNYUAN_VAE: Config = {
     "spatial_compression_ratio": 8,
     "temporal_compression_ratio": 4,
 }
+_Z_IMAGE: Config = {
+    "_class_name": "ZImageTransformer2DModel",
+    "all_f_patch_size": [1],
+    "all_patch_size": [2],
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+    "cap_feat_dim": 2560,
+    "dim": 3840,
+    "in_channels": 16,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "norm_eps": 1e-05,
+    "qk_norm": True,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+}
 _SCHEDULER: Config = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
@@ -216,5 +249,13 @@ MODELS: Mapping[str, FullSize] = {
         scheduler={**_SCHEDULER, "shift": 7.0, "use_dynamic_shifting": False},
         encoders={"text_encoder": _LLAMA_8B, "text_encoder_2": _CLIP_L},
         size={"height": 720, "width": 1280, "frames": 129},
+    ),
+    "Z-Image": FullSize(
+        pipeline="ZImagePipeline",
+        transformer=_Z_IMAGE,
+        vae=_FLUX_VAE,  # it has FLUX.1's
+        scheduler={**_SCHEDULER, "shift": 6.0, "use_dynamic_shifting": False},
+        encoders={"text_encoder": _QWEN3_4B},
+        size={"height": 1024, "width": 1024},
     ),
 }

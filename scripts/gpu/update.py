@@ -10,7 +10,7 @@ from scripts.gpu import bounds
 from scripts.gpu.bench import Pair
 from scripts.gpu.record import Check, judged
 
-from meancache_trt.manifest import Component, GuidanceRule, batch_symbols
+from meancache_trt.manifest import Component, GuidanceRule, batch_symbols, is_classifier_free
 
 Arrays = dict[str, NDArray[Any]]
 _HISTORY = 4
@@ -66,12 +66,13 @@ def _moved(feeds: Arrays, rule: GuidanceRule) -> Arrays:
 
 def _guided(feeds: Arrays, rule: GuidanceRule) -> NDArray[np.float64]:
     output: NDArray[np.float64] = feeds["model_output"]
-    if rule not in ("classifier_free", "classifier_free_rescaled"):
+    if not is_classifier_free(rule):
         return output
     conditional, unconditional = np.split(output, 2)
     scale = feeds["guidance_scale"].reshape(-1, *[1] * (conditional.ndim - 1))
-    guided = unconditional + scale * (conditional - unconditional)
-    if rule == "classifier_free":
+    origin = conditional if rule == "classifier_free_from_conditional" else unconditional
+    guided = origin + scale * (conditional - unconditional)
+    if rule != "classifier_free_rescaled":
         return guided
     wanted, found = (np.linalg.norm(each, axis=-1, keepdims=True) for each in (conditional, guided))
     rescaled: NDArray[np.float64] = guided * wanted / found

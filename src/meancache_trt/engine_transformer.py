@@ -61,6 +61,7 @@ class EngineTransformer:
     Attributes:
         config: that of the checkpoint's transformer, as diffusers has it, with every default.
         dtype: what the graph takes its latent in.
+        in_channels: the configuration's, which some pipelines read from the module itself.
         device: where the runtime computes; tensors from elsewhere are copied there and back.
 
     Raises:
@@ -83,6 +84,7 @@ class EngineTransformer:
         module = getattr(diffusers, self._family.transformer_class)
         self._signature = _without_self(inspect.signature(module.forward))
         self.config = _config(module, bundle)
+        self.in_channels: int = self.config["in_channels"]
         self._configs = {"transformer": self.config}
         self._is_owner = runtime is None
         self._runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads, gpu=gpu)
@@ -145,10 +147,11 @@ class EngineTransformer:
         """
         given = self._given(arguments, named)
         is_wrapped = given.pop("return_dict", True)
-        inputs = self._inputs(given)
-        latent = given["hidden_states"]
-        velocity = self._run(inputs).to(latent.device, latent.dtype)
-        return Transformer2DModelOutput(sample=velocity) if is_wrapped else (velocity,)
+        values = self._values(given)
+        latent = values["hidden_states"]
+        velocity = self._run(self._inputs(values, given)).to(latent.device, latent.dtype)
+        sample = self._family.module_output(velocity)
+        return Transformer2DModelOutput(sample=sample) if is_wrapped else (sample,)
 
     forward = __call__
 
@@ -173,12 +176,16 @@ class EngineTransformer:
             if not (value is None or value is defaults[name].default or _is_empty(value))
         }
 
-    def _inputs(self, given: Mapping[str, Any]) -> Tensors:
-        """A tensor for each of the graph's inputs, ready to bind."""
+    def _values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What was given for each of the graph's inputs, but positions."""
         positions = self._wrapper.POSITION_ARGUMENTS
         values = {name: value for name, value in given.items() if name not in positions}
         values = self._wrapper.graph_inputs(self._configs, values)
         self._check_names(values, given)
+        return values
+
+    def _inputs(self, values: Mapping[str, Any], given: Mapping[str, Any]) -> Tensors:
+        """A tensor for each of the graph's inputs, ready to bind."""
         inputs = {name: self._placed(name, value) for name, value in values.items()}
         return {**self._masks(inputs), **inputs, **self._position_tables(given)}
 

@@ -31,8 +31,18 @@ Role = Literal[
     "weights",  # (H,), one schedule row, the new velocity's weight first
     "image",  # (B, 3, H, W), or (B, 3, frames, H, W) of a video; hosts clip it to [0, 1]
 ]
-GuidanceRule = Literal["embedded", "classifier_free", "classifier_free_rescaled", "none"]
-_CLASSIFIER_FREE = ("classifier_free", "classifier_free_rescaled")
+GuidanceRule = Literal[
+    "embedded",
+    "classifier_free",
+    "classifier_free_rescaled",
+    "classifier_free_from_conditional",
+    "none",
+]
+_CLASSIFIER_FREE = (
+    "classifier_free",
+    "classifier_free_rescaled",
+    "classifier_free_from_conditional",
+)
 GridRule = Literal["linspace", "linspace_to_zero", "count"]
 
 
@@ -167,6 +177,8 @@ class Guidance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     "embedded": the network is fed the scale. "classifier_free": it is called once on 2 B samples,
     B with the prompts and then B with the negative prompts, and the update graph extrapolates.
     "classifier_free_rescaled" then gives each token the length of the prompt's velocity.
+    "classifier_free_from_conditional" counts its scale from the prompt's velocity, as Z-Image does:
+    0 and not 1 leaves the negative prompt without effect.
     """
 
     rule: GuidanceRule
@@ -176,16 +188,21 @@ class Guidance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def is_classifier_free(self) -> bool:
         return is_classifier_free(self.rule)
 
+    @property
+    def least_scale(self) -> int:
+        """The classifier-free scale at which the negative prompt has no effect."""
+        return 0 if self.rule == "classifier_free_from_conditional" else 1
+
 
 def check_guidance(guidance: Guidance, scale: float | None) -> None:
     """Raise `InputError` for a scale that a model with this guidance cannot take."""
     if guidance.rule == "none" and scale is not None:
         raise InputError(f"this model takes no guidance scale, found {scale}; leave it out")
     check_guidance_scale(scale)
-    if guidance.is_classifier_free and scale is not None and scale < 1:
+    if guidance.is_classifier_free and scale is not None and scale < guidance.least_scale:
         raise InputError(
-            "a classifier-free guidance scale is at least 1, which leaves the negative prompt "
-            f"without effect, found {scale}"
+            f"a classifier-free guidance scale is at least {guidance.least_scale}, which leaves "
+            f"the negative prompt without effect, found {scale}"
         )
 
 

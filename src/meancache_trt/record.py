@@ -208,11 +208,13 @@ class Recorder:
         return self._family.guidance(self._configs).default_scale if scale is None else scale
 
 
-def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[str, str | int]:
+def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[str, str | float]:
     """Further arguments, with which the diffusers pipeline does what a render does by default."""
-    options: dict[str, str | int] = {}
+    options: dict[str, str | float] = {}
     if family.text_tokens_argument:
         options[family.text_tokens_argument] = text_tokens
     if family.guidance(configs).is_classifier_free:
         options["negative_prompt"] = ""  # given none, diffusers leaves guidance out
+    if family.guidance(configs).rule == "none":
+        options[family.guidance_argument] = 0.0  # given none, ZImagePipeline guides
     return options

@@ -23,6 +23,7 @@ from tests.engine_transformer.subjects import (
     mask,
     qwen_call,
     random,
+    z_image_call,
 )
 from tests.numpy_runtime import Arrays
 
@@ -75,8 +76,17 @@ def test_tables_of_the_pipelines_positions_are_the_prepare_graphs_bit_for_bit(
     tables = wrapper.position_tables(
         {"transformer": subject.engine().config}, *wrapper.positions(call)
     )
-    noise = {"flux": (2, 4, 8, 12), "qwen": (1, 1, 4, 8, 12), "hunyuan": (2, 4, 3, 8, 12)}
-    given = {"noise": random(*noise[family]), "encoder_hidden_states": random(2, 9, 48)}
+    noise = {
+        "flux": (2, 4, 8, 12),
+        "qwen": (1, 1, 4, 8, 12),
+        "hunyuan": (2, 4, 3, 8, 12),
+        "z_image": (1, 4, 8, 12),
+    }
+    given = {
+        "noise": random(*noise[family]),
+        "encoder_hidden_states": random(2, 9, 48),
+        "encoder_hidden_states_mask": mask([9, 39], 39),
+    }
     expected = run_graph(subject.bundle, {name: given[name].numpy() for name in component.inputs})
     assert tables.keys() <= expected.keys()
     for name, table in tables.items():
@@ -180,6 +190,27 @@ def test_tensors_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(InputError, match=message):
         flux.engine()(**{**flux_call(1, 3, 4, 5), **changes})
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        [random(4, 1, 6, 8), random(4, 1, 8, 6)],
+        [random(4, 2, 6, 8)] * 2,
+        [[random(4, 1, 6, 8)]] * 2,
+    ],
+    ids=["sizes", "frames", "editing"],
+)
+def test_lists_that_the_graph_cannot_follow_are_refused(z_image: Subject, pictures: Any) -> None:
+    with pytest.raises(InputError, match=r"latents \(C, 1, Hl, Wl\) of one size"):
+        z_image.engine()(**{**z_image_call(2, 3, 4, 5), "x": pictures})
+
+
+def test_another_patch_and_pictures_to_look_at_are_refused(z_image: Subject) -> None:
+    call = z_image_call(1, 3, 4, 5)
+    for extra in ({"patch_size": 4}, {"siglip_feats": [[random(4, 8)]]}):
+        with pytest.raises(InputError, match=f"not followed {next(iter(extra))}"):
+            z_image.engine()(**call, **extra)
 
 
 def test_pictures_of_different_sizes_in_a_batch_are_refused(qwen: Subject) -> None:

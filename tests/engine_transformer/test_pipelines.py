@@ -13,6 +13,7 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxPipeline,
     QwenImageImg2ImgPipeline,
+    ZImageImg2ImgPipeline,
 )
 from PIL import Image
 
@@ -45,6 +46,11 @@ def half() -> Image.Image:
 
 FLUX = {"prompt": "a red dog", "max_sequence_length": tiny_flux.TEXT_TOKENS, "guidance_scale": 3.0}
 QWEN = {"prompt": ["a red dog", "two cats, at night"], "negative_prompt": ["blurry", ""]}
+Z_IMAGE = {
+    "prompt": ["a red dog", "two cats, at night and far away"],
+    "negative_prompt": ["blurry", ""],
+    "max_sequence_length": 64,
+}
 RUNS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "flux": ("flux", None, FLUX),
     "flux true guidance": ("flux", None, {**FLUX, "negative_prompt": "b", "true_cfg_scale": 2.0}),
@@ -63,6 +69,18 @@ RUNS: dict[str, tuple[str, Any, dict[str, Any]]] = {
         "qwen",
         QwenImageImg2ImgPipeline,
         {**QWEN, "image": picture(), "true_cfg_scale": 4.0, "strength": 0.7},
+    ),
+    "z_image": ("z_image", None, {**Z_IMAGE, "guidance_scale": 4.0}),
+    "z_image without guidance": ("z_image", None, {**Z_IMAGE, "guidance_scale": 0.0}),
+    "z_image truncated and capped": (
+        "z_image",
+        None,
+        {**Z_IMAGE, "guidance_scale": 4.0, "cfg_truncation": 0.5, "cfg_normalization": 1.1},
+    ),
+    "z_image image to image": (
+        "z_image",
+        ZImageImg2ImgPipeline,
+        {**Z_IMAGE, "image": picture(), "guidance_scale": 4.0, "strength": 0.7},
     ),
     "hunyuan": (
         "hunyuan",
@@ -95,7 +113,9 @@ def render(pipeline: Any, arguments: Mapping[str, Any], **changes: Any) -> Any:
         "output_type": "latent",
         "return_dict": False,
     }
-    return pipeline(**{**settings, **arguments, **changes})[0]
+    given = {**settings, **arguments, **changes}
+    # ZImagePipeline writes its chat template into the lists of prompts that it is given.
+    return pipeline(**{n: list(v) if isinstance(v, list) else v for n, v in given.items()})[0]
 
 
 def both(
@@ -117,7 +137,7 @@ def test_a_pipeline_ends_where_it_does_with_its_own_transformer(
     torch.testing.assert_close(found, expected, rtol=0, atol=LATENT_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen", "hunyuan"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "hunyuan", "z_image"])
 def test_a_schedule_evaluates_the_engine_at_its_nodes_alone(
     name: str, request: pytest.FixtureRequest
 ) -> None:

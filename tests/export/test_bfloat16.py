@@ -56,25 +56,31 @@ def test_only_the_networks_are_in_bfloat16(tiny: TinyExport) -> None:
 def test_rotation_and_timestep_stay_in_float32(tiny: TinyExport) -> None:
     path = tiny.directory / tiny.exported.components["transformer/bfloat16"].path
     graph = onnx.load(path, load_external_data=False).graph
-    exact = {"prepared", "timestep", "guidance_scale"}
-    names = {name for name, role in _records(tiny).items() if role in exact}
+    _follow_in_float32(graph, _named(tiny, "prepared"), _MOVES)
+    scales = _named(tiny, "timestep") | _named(tiny, "guidance_scale")
+    seen = _follow_in_float32(graph, scales, {*_MOVES, "Sub", "Div"})
+    assert {"Sin", "Cos"} <= seen  # the timestep's phase: what is rounded comes after it
+
+
+def _follow_in_float32(graph: onnx.GraphProto, names: set[str], moves: set[str]) -> set[str]:
+    """What is done to tensors, and to what `moves` make of them; none of it rounds."""
     seen: set[str] = set()
     for node in graph.node:  # in order, so that what is made of them is followed
         if not names.intersection(node.input):
             continue
         seen.add(node.op_type)
         assert node.op_type != "Cast" or _target(node) != onnx.TensorProto.BFLOAT16
-        if node.op_type in _MOVES:
+        if node.op_type in moves:
             names.update(node.output)
-    assert {"Sin", "Cos"} <= seen  # the timestep's phase: what is rounded comes after it
+    return seen
 
 
 _MOVES = {"Mul", "Cast", "Reshape", "Unsqueeze", "Expand", "Slice", "Split", "Concat", "Transpose"}
 
 
-def _records(tiny: TinyExport) -> dict[str, Role]:
+def _named(tiny: TinyExport, role: Role) -> set[str]:
     inputs = tiny.exported.components["transformer"].inputs
-    return {name: record.role for name, record in inputs.items()}
+    return {name for name, record in inputs.items() if record.role == role}
 
 
 def _target(cast: onnx.NodeProto) -> int:

@@ -13,7 +13,7 @@ from meancache_trt.errors import InputError
 from meancache_trt.export import export_components
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.manifest import Component
-from tests.export import tiny_hunyuan_video, tiny_qwen_image
+from tests.export import tiny_hunyuan_video, tiny_qwen_image, tiny_z_image
 
 
 def test_unknown_precision_is_refused_before_anything_is_written(
@@ -24,7 +24,7 @@ def test_unknown_precision_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", [tiny_qwen_image, tiny_hunyuan_video])
+@pytest.mark.parametrize("module", [tiny_qwen_image, tiny_hunyuan_video, tiny_z_image])
 def test_float16_is_refused_where_the_model_overflows(module, tmp_path: Path) -> None:
     module.tiny_pipeline().save_pretrained(tmp_path / "tiny")
     with pytest.raises(InputError, match=r"overflow float16.*black.*use bfloat16"):

@@ -15,10 +15,11 @@ from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
 from meancache_trt.export.profiles import ShapeRange, profile
 from meancache_trt.export.qwen_image import QWEN_IMAGE
 from meancache_trt.export.update import update_signature
+from meancache_trt.export.z_image import Z_IMAGE
 from meancache_trt.manifest import Component, batch_symbols
 from meancache_trt.shapes import PictureSize, Range, Ranges, text_buckets
 from meancache_trt.tiling import levels, pieces
-from tests.export import test_hunyuan_video
+from tests.export import test_hunyuan_video, test_z_image
 
 # black-forest-labs/FLUX.1-dev and Qwen/Qwen-Image, without what is unused
 FLUX_DEV: Configs = {
@@ -44,6 +45,7 @@ BATCH = Range(1, 2, 4)
 CASES: dict[str, tuple[Family, Configs, tuple[str, ...], int]] = {
     "flux": (FLUX, FLUX_DEV, ("1024x1024", "1024x512", "512x1280"), 512),
     "qwen_image": (QWEN_IMAGE, QWEN, ("1328x1328", "1664x928", "928x1664"), 512),
+    "z_image": (Z_IMAGE, test_z_image.PUBLISHED, ("1024x1024", "1296x720"), 512),
     "hunyuan_video": (HUNYUAN_VIDEO, HUNYUAN, ("1280x720x129", "544x960x61"), 256),
 }
 
@@ -109,6 +111,16 @@ def test_classifier_free_guidance_feeds_the_network_twice_the_batch() -> None:
     assert found["update/h4"]["model_output"].max == (8, tokens[2], 64)
     assert found["update/h4"]["latent"].max == (4, tokens[2], 64)
     assert found["update/h4"]["guidance_scale"] == ((1,), (2,), (4,))
+
+
+def test_tokens_that_pad_a_picture_are_in_its_table() -> None:
+    found = profiles("z_image")["transformer"]
+    latent = ((2, 16, 90, 128), (4, 16, 128, 128), (8, 16, 128, 162))
+    assert found["hidden_states"] == latent
+    # 45 x 64 and 64 x 64 tokens need no padding, 64 x 81 neither; 45 x 81 would
+    tokens = (45 * 64, 64 * 64, 64 * 81)
+    expected = tuple((2 * n, count, 128) for n, count in zip((1, 2, 4), tokens, strict=True))
+    assert found["image_rope"] == expected
 
 
 def test_video_shapes_follow_from_frames_too() -> None:

@@ -15,6 +15,7 @@ from meancache_trt.errors import ExportError, InputError
 from meancache_trt.export import qwen_image_torch
 from meancache_trt.export.family import Size, check_size
 from meancache_trt.export.qwen_image import AXIS_POSITIONS, PIPELINE_MAX_TEXT_TOKENS, QWEN_IMAGE
+from meancache_trt.export.rotation import real
 from tests.export.tiny_qwen_image import FEATURES, tiny_pipeline, tiny_transformer, tiny_vae
 
 # Qwen/Qwen-Image, transformer/config.json and vae/config.json, without what is unused
@@ -110,7 +111,7 @@ def test_real_rotation_is_the_complex_one() -> None:
     value = torch.randn(2, 5, 3, 32, generator=generator)
     table = torch.polar(torch.ones(5, 16), torch.randn(5, 16, generator=generator))
     expected = transformer_qwenimage.apply_rotary_emb_qwen(value, table, use_real=False)
-    found = qwen_image_torch._rotate(value, qwen_image_torch._real(table), use_real=False)
+    found = qwen_image_torch._rotate(value, real(table), use_real=False)
     # two products and a sum of magnitude below 5, which a fused multiply-add rounds once less
     torch.testing.assert_close(found, expected, rtol=0, atol=5 * 2**-23)
 

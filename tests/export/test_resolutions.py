@@ -27,7 +27,7 @@ from meancache_trt.render import Pipeline
 from meancache_trt.rendering import Rendering
 from meancache_trt.session import Session
 from meancache_trt.shapes import PictureSize, Range
-from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image
+from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image, tiny_z_image
 
 pytestmark = pytest.mark.slow  # two exports a family
 
@@ -62,6 +62,7 @@ class Case:
 TINY: dict[str, tuple[Callable[[], Any], str, str]] = {
     "flux": (tiny_flux.tiny_pipeline, "48x32", "40x64"),
     "qwen_image": (tiny_qwen_image.tiny_pipeline, "48x32", "24x72"),
+    "z_image": (tiny_z_image.tiny_pipeline, "48x32", "24x72"),
     "hunyuan_video": (tiny_hunyuan_video.tiny_pipeline, "48x32x5", "32x48x9"),
 }
 

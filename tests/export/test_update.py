@@ -89,6 +89,15 @@ def test_classifier_free_guidance_at_scale_one_is_the_conditional_velocity() -> 
     assert np.array_equal(velocity, given["model_output"])
 
 
+def test_guidance_from_the_conditional_velocity_is_the_arithmetic_of_the_z_image_pipeline() -> None:
+    given = rescaled_feeds(4.0)
+    pos, neg = torch.from_numpy(given["model_output"]).chunk(2)
+    _, velocity = run("classifier_free_from_conditional", 4, given)
+    assert np.array_equal(velocity, (pos + 4.0 * (pos - neg)).numpy())
+    _, unguided = run("classifier_free_from_conditional", 4, rescaled_feeds(0.0))
+    assert np.array_equal(unguided, pos.numpy())
+
+
 def rescaled_feeds(scale: float) -> dict[str, NDArray[np.float32]]:
     generator = np.random.default_rng(7)
     outputs = generator.standard_normal((4, 5, 16)).astype(np.float32)
@@ -127,7 +136,10 @@ def test_rescaled_guidance_is_the_arithmetic_of_the_qwen_image_pipeline() -> Non
     np.testing.assert_allclose(velocity, expected.numpy(), rtol=4 * 2**-23, atol=0)
 
 
-@pytest.mark.parametrize("rule", ["classifier_free", "classifier_free_rescaled"])
+@pytest.mark.parametrize(
+    "rule",
+    ["classifier_free", "classifier_free_rescaled", "classifier_free_from_conditional"],
+)
 def test_guiding_update_gives_the_next_model_input_for_both_halves(rule: GuidanceRule) -> None:
     signature = update_signature(rule, LATENT, 4)
     model = update_graph(rule, signature, opset=20)

@@ -14,8 +14,10 @@ from diffusers import (
     FluxInpaintPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
 )
-from tests.export import tiny_flux, tiny_qwen_image
+from tests.export import tiny_flux, tiny_qwen_image, tiny_z_image
 
 from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
@@ -31,14 +33,16 @@ PIPELINES = (
     FluxInpaintPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
 )
 
 
 @pytest.fixture(scope="module")
 def components() -> dict[str, dict[str, Any]]:
-    """Of a tiny FLUX and a tiny Qwen-Image pipeline, by the beginning of its classes' names."""
-    flux, qwen = tiny_flux.tiny_pipeline(), tiny_qwen_image.tiny_pipeline()
-    return {"Flux": flux.components, "Qwen": qwen.components}
+    """Of one tiny pipeline a family, by the beginning of its classes' names."""
+    made = {"Flux": tiny_flux, "Qwen": tiny_qwen_image, "ZIma": tiny_z_image}
+    return {name: module.tiny_pipeline().components for name, module in made.items()}
 
 
 @pytest.fixture(params=PIPELINES, ids=lambda found: found.__name__)
@@ -63,14 +67,16 @@ def render(pipeline: Any, strength: float, **changes: Any) -> torch.Tensor:
         "generator": generator,
         "output_type": "latent",
     }
-    if isinstance(pipeline, FluxInpaintPipeline | QwenImageInpaintPipeline):
+    if "Inpaint" in type(pipeline).__name__:
         mask = torch.zeros(1, 1, HEIGHT, WIDTH)
         mask[..., WIDTH // 2 :] = 1
         arguments["mask_image"] = mask
-    if isinstance(pipeline, FluxImg2ImgPipeline | FluxInpaintPipeline):
+    if type(pipeline).__name__.startswith("Flux"):
         arguments["max_sequence_length"] = tiny_flux.TEXT_TOKENS
     else:
-        arguments |= {"negative_prompt": "blurry", "true_cfg_scale": 3.0}
+        is_qwen = type(pipeline).__name__.startswith("Qwen")
+        scale = "true_cfg_scale" if is_qwen else "guidance_scale"
+        arguments |= {"negative_prompt": "blurry", scale: 3.0}
     latent: torch.Tensor = pipeline(strength=strength, **{**arguments, **changes}).images
     return latent
 
