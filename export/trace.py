@@ -24,12 +24,14 @@ from meancache_trt.manifest import TensorRecord
 def build_network(class_name: str, config: Mapping[str, Any], dtype: str) -> nn.Module:
     """A diffusers model from its configuration, its parameters of `dtype` on the meta device.
 
-    Buffers and constants that the model computes for itself hold their real values.
+    Buffers and constants that the model computes for itself hold their real values; those that a
+    checkpoint stores all the same are of `dtype` too.
     """
     with init_empty_weights(include_buffers=False):
         network: nn.Module = getattr(diffusers, class_name).from_config(dict(config))
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
+    for tensor in network.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(getattr(torch, dtype))
     return network.eval().requires_grad_(False)
 
 
