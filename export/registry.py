@@ -10,13 +10,16 @@ from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.flux import FLUX
 from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
 from meancache_trt.export.qwen_image import QWEN_IMAGE
+from meancache_trt.export.sd3 import SD3
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from meancache_trt.export.family import Family
 
-FAMILIES = MappingProxyType({family.name: family for family in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)})
+FAMILIES = MappingProxyType(
+    {family.name: family for family in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO, SD3)}
+)
 """Family name -> family."""
 
 
