@@ -1,4 +1,4 @@
-"""The tiny pipelines of the three families, with bundles that the tests share."""
+"""The tiny pipelines of every family, with bundles that the tests share."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 @pytest.fixture(scope="session")
 def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return made("hunyuan_video", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return made("sd3", tmp_path_factory)

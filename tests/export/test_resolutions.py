@@ -27,7 +27,7 @@ from meancache_trt.render import Pipeline
 from meancache_trt.rendering import Rendering
 from meancache_trt.session import Session
 from meancache_trt.shapes import PictureSize, Range
-from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image
+from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image, tiny_sd3
 
 pytestmark = pytest.mark.slow  # two exports a family
 
@@ -63,6 +63,7 @@ TINY: dict[str, tuple[Callable[[], Any], str, str]] = {
     "flux": (tiny_flux.tiny_pipeline, "48x32", "40x64"),
     "qwen_image": (tiny_qwen_image.tiny_pipeline, "48x32", "24x72"),
     "hunyuan_video": (tiny_hunyuan_video.tiny_pipeline, "48x32x5", "32x48x9"),
+    "sd3": (tiny_sd3.tiny_pipeline, "48x32", "24x72"),
 }
 
 
@@ -92,7 +93,7 @@ def conditioning(pipeline: Pipeline, count: int, seed: int = 0) -> Conditioning:
     generator = np.random.default_rng(seed)
     tensors = {}
     for name, record in pipeline.bundle.export.components["transformer"].inputs.items():
-        sizes = [TEXT_TOKENS if extent == "text_tokens" else extent for extent in record.shape[1:]]
+        sizes = record.resolved(pipeline.bundle.export.resolution.symbols, skip=1)
         if record.role == "conditioning":
             tensors[name] = generator.standard_normal((count, *sizes)).astype(record.dtype)
         elif record.role == "text_mask":

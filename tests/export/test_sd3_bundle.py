@@ -24,7 +24,7 @@ from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
 from meancache_trt.session import Session
 from tests.export.test_pipeline import Arrays, Graphs
-from tests.export.tiny_sd3 import CLIP_TOKENS, FEATURES, POOLED, TABLE_SIDE, tiny_pipeline
+from tests.export.tiny_sd3 import CHANNELS, CLIP_TOKENS, FEATURES, POOLED, TABLE_SIDE, tiny_pipeline
 
 HEIGHT, WIDTH, TEXT_TOKENS = 32, 48, 12
 STEPS, SCALE, SEED = 8, 4.0, 3
@@ -82,7 +82,7 @@ def test_pipeline_is_detected(folder: Path) -> None:
 def random_feeds(batch: int, rows: int, columns: int, text_tokens: int) -> Arrays:
     """Inputs of `prepare` and the transformer at so many rows and columns of tokens."""
     generator = np.random.default_rng(rows)
-    latent = (4, 2 * rows, 2 * columns)
+    latent = (CHANNELS, 2 * rows, 2 * columns)
     feeds = {
         "noise": generator.standard_normal((batch, *latent)),
         "hidden_states": generator.standard_normal((2 * batch, *latent)),
@@ -135,10 +135,10 @@ def test_prepare_graph_has_the_pipelines_bits(
     graphs: Graphs, diffusers_pipeline: StableDiffusion3Pipeline, rows: int, columns: int
 ) -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    sizes = (4, 8 * rows, 8 * columns)
+    sizes = (CHANNELS, 8 * rows, 8 * columns)
     latent = diffusers_pipeline.prepare_latents(2, *sizes, torch.float32, "cpu", generators)
     noise = [
-        torch.randn(4, 2 * rows, 2 * columns, generator=torch.Generator().manual_seed(seed))
+        torch.randn(CHANNELS, 2 * rows, 2 * columns, generator=torch.Generator().manual_seed(seed))
         for seed in range(2)
     ]
     made = graphs.run("prepare", {"noise": torch.stack(noise).numpy()})
@@ -159,7 +159,7 @@ def test_decoder_graph_is_what_the_pipeline_does_after_its_loop(
     graphs: Graphs, diffusers_pipeline: StableDiffusion3Pipeline, rows: int, columns: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    latent = torch.randn(2, 4, 2 * rows, 2 * columns, generator=generator)
+    latent = torch.randn(2, CHANNELS, 2 * rows, 2 * columns, generator=generator)
     image = graphs.run("vae_decoder", {"latent": latent.numpy()})["image"]
     # other float32 convolution kernels than torch's; measured 4e-7
     picture = np.clip(np.moveaxis(image, 1, -1), 0, 1)
@@ -321,7 +321,7 @@ def test_record_holds_what_a_host_needs(bundle: Bundle) -> None:
     assert (export.guidance.rule, export.grid) == ("classifier_free", "count")
     assert export.text_tokens == TEXT_TOKENS
     assert export.text_buckets == ()
-    assert export.resolution.noise_shape == export.resolution.decode_shape == (4, 8, 12)
+    assert export.resolution.noise_shape == export.resolution.decode_shape == (CHANNELS, 8, 12)
     assert [record.component for record in export.parity] == [
         "prepare",
         "transformer",

@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from tests.export.tiny_flux import randomize, tiny_clip, tiny_t5, tiny_vae
 
+CHANNELS = 16  # StableDiffusion3InpaintPipeline takes no other number
 CLIP_TOKENS, FEATURES, POOLED = 16, 48, 40
 TABLE_SIDE = 24  # tokens
 
@@ -21,8 +22,8 @@ def tiny_transformer(*, dual_attention: tuple[int, ...] = (0,)) -> SD3Transforme
     network = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
         num_layers=3,
         attention_head_dim=32,
         num_attention_heads=2,
@@ -64,7 +65,7 @@ def tiny_pipeline(*, dual_attention: tuple[int, ...] = (0,)) -> StableDiffusion3
     tokenizer_3, text_encoder_3 = tiny_t5()
     pipeline = StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_vae(),
+        vae=tiny_vae(CHANNELS),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2,

@@ -14,8 +14,10 @@ from diffusers import (
     FluxInpaintPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
 )
-from tests.export import tiny_flux, tiny_qwen_image
+from tests.export import tiny_flux, tiny_qwen_image, tiny_sd3
 
 from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
@@ -31,14 +33,16 @@ PIPELINES = (
     FluxInpaintPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
 )
 
 
 @pytest.fixture(scope="module")
 def components() -> dict[str, dict[str, Any]]:
-    """Of a tiny FLUX and a tiny Qwen-Image pipeline, by the beginning of its classes' names."""
-    flux, qwen = tiny_flux.tiny_pipeline(), tiny_qwen_image.tiny_pipeline()
-    return {"Flux": flux.components, "Qwen": qwen.components}
+    """Of one tiny pipeline a family, by the beginning of its classes' names."""
+    made = {"Flux": tiny_flux, "Qwen": tiny_qwen_image, "Stab": tiny_sd3}
+    return {name: module.tiny_pipeline().components for name, module in made.items()}
 
 
 @pytest.fixture(params=PIPELINES, ids=lambda found: found.__name__)
@@ -63,16 +67,26 @@ def render(pipeline: Any, strength: float, **changes: Any) -> torch.Tensor:
         "generator": generator,
         "output_type": "latent",
     }
-    if isinstance(pipeline, FluxInpaintPipeline | QwenImageInpaintPipeline):
+    if "Inpaint" in type(pipeline).__name__:
         mask = torch.zeros(1, 1, HEIGHT, WIDTH)
         mask[..., WIDTH // 2 :] = 1
         arguments["mask_image"] = mask
-    if isinstance(pipeline, FluxImg2ImgPipeline | FluxInpaintPipeline):
+    if type(pipeline).__name__.startswith("Flux"):
         arguments["max_sequence_length"] = tiny_flux.TEXT_TOKENS
     else:
-        arguments |= {"negative_prompt": "blurry", "true_cfg_scale": 3.0}
+        is_qwen = type(pipeline).__name__.startswith("Qwen")
+        scale = "true_cfg_scale" if is_qwen else "guidance_scale"
+        arguments |= {"negative_prompt": "blurry", scale: 3.0}
     latent: torch.Tensor = pipeline(strength=strength, **{**arguments, **changes}).images
     return latent
+
+
+def whole(pipeline: Any) -> float:
+    """The strength at which a pipeline leaves the beginning to its scheduler.
+
+    At 1 StableDiffusion3InpaintPipeline begins with noise alone, whatever its scheduler says.
+    """
+    return 0.9999 if isinstance(pipeline, StableDiffusion3InpaintPipeline) else 1.0
 
 
 def scheduled(pipeline: Any, method: str, nodes: Any, spans: Any = None) -> MeanCacheScheduler:
@@ -87,7 +101,7 @@ def test_every_step_evaluated_is_the_stock_scheduler_at_that_strength(
     expected = render(pipeline, strength)
     pipeline.scheduler = scheduled(pipeline, "euler", range(STEPS)).for_strength(strength)
     # the same arithmetic on the same numbers, so the same bits
-    assert torch.equal(render(pipeline, 1.0), expected)
+    assert torch.equal(render(pipeline, whole(pipeline)), expected)
     assert pipeline.num_timesteps == STEPS - first_step(STEPS, strength)
 
 
@@ -132,7 +146,9 @@ class ByHand(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("strength", [0.9, 0.75, 0.6])
-@pytest.mark.parametrize("kind", [FluxImg2ImgPipeline, QwenImageImg2ImgPipeline])
+@pytest.mark.parametrize(
+    "kind", [FluxImg2ImgPipeline, QwenImageImg2ImgPipeline, StableDiffusion3Img2ImgPipeline]
+)
 def test_a_schedule_is_its_rule_stepped_by_hand_from_there(
     kind: Any, components: dict[str, dict[str, Any]], strength: float
 ) -> None:
