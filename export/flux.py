@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from meancache_trt.errors import ExportError
+from meancache_trt.export.autoencoder_kl import latent_pixels, sample_size, tiling
 from meancache_trt.export.family import (
     Configs,
     Family,
@@ -15,7 +16,6 @@ from meancache_trt.export.family import (
     setting,
 )
 from meancache_trt.export.packing import PACK
-from meancache_trt.export.tiles import space_axes
 from meancache_trt.manifest import Guidance, TensorRecord, Tiling
 
 AXIS_POSITIONS = 512
@@ -25,8 +25,6 @@ PIPELINE_MAX_TEXT_TOKENS = 512
 """FluxPipeline.check_inputs refuses a longer max_sequence_length."""
 
 
-_VAE_SAMPLE_SIZE = 32  # AutoencoderKL's default
-
 _ROPE_AXES = (16, 56, 56)  # FluxTransformer2DModel's default; FLUX.1-dev's config.json omits it
 
 
@@ -35,13 +33,8 @@ def rope_axes(configs: Configs) -> tuple[int, ...]:
     return tuple(configs["transformer"].get("axes_dims_rope", _ROPE_AXES))
 
 
-def _vae_factor(configs: Configs) -> int:
-    # FluxPipeline.__init__: one halving for each block after the first.
-    return int(2 ** (len(setting(configs, "vae", "block_out_channels")) - 1))
-
-
 def _multiple(configs: Configs) -> int:
-    return PACK * _vae_factor(configs)
+    return PACK * latent_pixels(configs)
 
 
 def _longest_side(configs: Configs) -> int:
@@ -50,7 +43,7 @@ def _longest_side(configs: Configs) -> int:
 
 def _default_side(configs: Configs) -> int:
     # FLUX.1's own VAE configuration says 1024, which is also FluxPipeline's default.
-    return int(configs["vae"].get("sample_size", _VAE_SAMPLE_SIZE))
+    return sample_size(configs)
 
 
 def _symbols(configs: Configs, size: Size) -> dict[str, int]:
@@ -146,10 +139,7 @@ def _signatures(configs: Configs) -> Signatures:
 
 
 def _tiling(configs: Configs) -> Tiling:
-    # AutoencoderKL.__init__ and tiled_decode: tiles of the training size overlap by a quarter.
-    tile = int(configs["vae"].get("sample_size", _VAE_SAMPLE_SIZE))
-    unit, stride = _multiple(configs), tile - int(tile * 0.25)
-    return Tiling(space=space_axes(tile, stride, unit=unit, latent_axis=1, image_axis=2))
+    return tiling(configs, unit=_multiple(configs), latent_axis=1)
 
 
 def _clip(configs: Configs) -> Signature:

@@ -11,6 +11,7 @@ from diffusers import FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
+from meancache_trt.export.autoencoder_kl_torch import decode
 from meancache_trt.export.family import Configs
 from meancache_trt.export.flux import AXIS_POSITIONS, rope_axes
 from meancache_trt.export.packing import PACK, pack, unpack
@@ -117,10 +118,7 @@ class _Decoder(nn.Module):
         self.network = vae
 
     def forward(self, latent: Tensor) -> Tensor:
-        vae: Any = self.network
-        unscaled = unpack(latent) / vae.config.scaling_factor + vae.config.shift_factor
-        image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
-        return image.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
+        return decode(self.network, unpack(latent))
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:
@@ -162,13 +160,10 @@ def reference_preparation(
 
 def reference_image(vae: nn.Module, latent: Tensor, symbols: Mapping[str, int]) -> Tensor:
     """What FluxPipeline does after the loop, up to the picture in [0, 1]."""
-    model: Any = vae
     factor = symbols["height"] // symbols["latent_height"]
     packed = latent.flatten(1, 2)
     unpacked = FluxPipeline._unpack_latents(packed, symbols["height"], symbols["width"], factor)
-    unscaled = (unpacked / model.config.scaling_factor) + model.config.shift_factor
-    image: Tensor = model.decode(unscaled, return_dict=False)[0]
-    return (image * 0.5 + 0.5).clamp(0, 1)
+    return decode(vae, unpacked).clamp(0, 1)
 
 
 def load_text_pipeline(directory: str, dtype: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from meancache_trt.errors import ExportError
+from meancache_trt.export.autoencoder_kl import latent_pixels, tiling
 from meancache_trt.export.family import (
     Configs,
     Family,
@@ -13,7 +14,6 @@ from meancache_trt.export.family import (
     float32,
     setting,
 )
-from meancache_trt.export.tiles import space_axes
 from meancache_trt.manifest import Guidance, Role, TensorRecord, Tiling
 
 PIPELINE_MAX_TEXT_TOKENS = 512
@@ -26,21 +26,14 @@ _CLIP_TOKENS = 77  # StableDiffusion3Pipeline.__init__, where a tokenizer does n
 # SD3Transformer2DModel.__init__
 _PATCH, _SAMPLE_SIZE, _TABLE_SIDE = 2, 128, 96
 
-_VAE_SAMPLE_SIZE = 32  # AutoencoderKL's default
-
 
 def _patch(configs: Configs) -> int:
     """Latent rows, and columns, of one token."""
     return int(configs["transformer"].get("patch_size", _PATCH))
 
 
-def _vae_factor(configs: Configs) -> int:
-    # StableDiffusion3Pipeline.__init__: one halving for each block after the first.
-    return int(2 ** (len(setting(configs, "vae", "block_out_channels")) - 1))
-
-
 def _multiple(configs: Configs) -> int:
-    return _patch(configs) * _vae_factor(configs)
+    return _patch(configs) * latent_pixels(configs)
 
 
 def table_side(configs: Configs) -> int:
@@ -54,7 +47,7 @@ def _longest_side(configs: Configs) -> int:
 
 def _default_side(configs: Configs) -> int:
     sample = configs["transformer"].get("sample_size", _SAMPLE_SIZE)
-    return int(sample) * _vae_factor(configs)
+    return int(sample) * latent_pixels(configs)
 
 
 def _symbols(configs: Configs, size: Size) -> dict[str, int]:
@@ -126,10 +119,7 @@ def _signatures(configs: Configs) -> Signatures:
 
 
 def _tiling(configs: Configs) -> Tiling:
-    # AutoencoderKL.__init__ and tiled_decode: tiles of the training size overlap by a quarter.
-    tile = int(configs["vae"].get("sample_size", _VAE_SAMPLE_SIZE))
-    unit, stride = _vae_factor(configs), tile - int(tile * 0.25)
-    return Tiling(space=space_axes(tile, stride, unit=unit, latent_axis=2, image_axis=2))
+    return tiling(configs, unit=latent_pixels(configs), latent_axis=2)
 
 
 def _wrapper() -> Wrapper:

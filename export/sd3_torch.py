@@ -15,6 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from meancache_trt.errors import InputError
+from meancache_trt.export.autoencoder_kl_torch import decode
 from meancache_trt.export.family import Configs
 from meancache_trt.export.patching import replaced
 from meancache_trt.export.sd3 import table_side
@@ -79,10 +80,7 @@ class _Decoder(nn.Module):
         self.network = vae
 
     def forward(self, latent: Tensor) -> Tensor:
-        vae: Any = self.network
-        unscaled = latent / vae.config.scaling_factor + vae.config.shift_factor
-        image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
-        return image.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
+        return decode(self.network, latent)
 
 
 def decoder_graph(vae: nn.Module) -> nn.Module:
@@ -116,10 +114,7 @@ def reference_image(
     symbols: Mapping[str, int],  # noqa: ARG001
 ) -> Tensor:
     """What StableDiffusion3Pipeline does after the loop, up to the picture in [0, 1]."""
-    model: Any = vae
-    unscaled = (latent / model.config.scaling_factor) + model.config.shift_factor
-    image: Tensor = model.decode(unscaled, return_dict=False)[0]
-    return (image * 0.5 + 0.5).clamp(0, 1)
+    return decode(vae, latent).clamp(0, 1)
 
 
 def load_text_pipeline(directory: str, dtype: Any) -> Any:

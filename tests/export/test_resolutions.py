@@ -229,7 +229,8 @@ def test_tensorrt_builds_plans_for_the_bundles_profiles(both: Pipeline) -> None:
     """From the bundle alone: its graphs, and the configurations that it carries."""
     export, directory = both.bundle.export, both.bundle.directory
     family = FAMILIES[export.family]
-    configs = Checkpoint(directory / PIPELINE_FOLDER).configs(("transformer", "vae"))
+    parts = ("transformer", "vae", *family.text_components)
+    configs = Checkpoint(directory / PIPELINE_FOLDER).configs(parts)
     ranges = msgspec.structs.replace(export.ranges, batch=Range(1, 2, 4))
     for name in ("prepare", "transformer", "update/h2"):
         component = export.components[name]

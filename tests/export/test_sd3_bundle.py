@@ -79,6 +79,10 @@ def test_pipeline_is_detected(folder: Path) -> None:
     assert detect(folder) is SD3
 
 
+def test_default_size_is_the_transformers(folder: Path) -> None:
+    assert stages.picture_size(Checkpoint(folder), None, 40) == (32, 40)
+
+
 def random_feeds(batch: int, rows: int, columns: int, text_tokens: int) -> Arrays:
     """Inputs of `prepare` and the transformer at so many rows and columns of tokens."""
     generator = np.random.default_rng(rows)

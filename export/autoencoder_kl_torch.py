@@ -1,0 +1,14 @@
+"""Decoding by diffusers' `AutoencoderKL`, as the pipelines do it after their loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def decode(vae: Any, latent: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) of an unpacked latent, black 0 and white 1, not clipped, float32."""
+    unscaled = latent / vae.config.scaling_factor + vae.config.shift_factor
+    image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
+    return image.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards
