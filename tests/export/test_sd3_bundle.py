@@ -14,7 +14,7 @@ from meancache_trt import build as stages
 from meancache_trt.bundle import Bundle, create_bundle
 from meancache_trt.conditioning import Conditioning
 from meancache_trt.errors import InputError
-from meancache_trt.export import detect, export_components
+from meancache_trt.export import PromptEncoder, detect, export_components
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.sd3 import SD3
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
@@ -279,6 +279,17 @@ def test_embeddings_survive_the_file(pipeline: Pipeline, full: Schedule, tmp_pat
     assert np.array_equal(found.latent, our_latent(pipeline, full))
 
 
+def test_cached_prompts_need_no_encoder(
+    bundle: Bundle, full: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pipeline(bundle, embedding_cache=tmp_path) as first:
+        (expected,) = first.render([PROMPT], schedule=full)
+    monkeypatch.setattr(PromptEncoder, "encode", lambda *_: pytest.fail("must not encode"))
+    with Pipeline(bundle, embedding_cache=tmp_path) as second:
+        (found,) = second.render([PROMPT], schedule=full)
+    assert np.array_equal(found.latent, expected.latent)
+
+
 def test_embeddings_of_another_length_are_refused(pipeline: Pipeline, full: Schedule) -> None:
     made = pipeline.encode([NEGATIVE])
     tensors = {
@@ -336,8 +347,9 @@ def test_record_holds_what_a_host_needs(bundle: Bundle) -> None:
         assert part.shared_bytes >= 0.95 * part.weight_bytes > 0
 
 
-def test_a_checkpoint_as_sd35_large_passes_its_own_parity(tmp_path: Path) -> None:
-    tiny_pipeline(dual_attention=()).save_pretrained(tmp_path / "tiny")
+@pytest.mark.parametrize("qk_norm", ["rms_norm", None], ids=["SD3.5-large", "SD3-medium"])
+def test_the_other_checkpoints_are_like_their_modules(qk_norm: str | None, tmp_path: Path) -> None:
+    tiny_pipeline(dual_attention=(), qk_norm=qk_norm).save_pretrained(tmp_path / "tiny")
     exported = export_components(
         tmp_path / "tiny", tmp_path / "out", height=32, width=32, text_tokens=3, parity_bytes=1
     )

@@ -17,8 +17,10 @@ CLIP_TOKENS, FEATURES, POOLED = 16, 48, 40
 TABLE_SIDE = 24  # tokens
 
 
-def tiny_transformer(*, dual_attention: tuple[int, ...] = (0,)) -> SD3Transformer2DModel:
-    """By default as SD3.5-medium; without dual attention as SD3.5-large."""
+def tiny_transformer(
+    *, dual_attention: tuple[int, ...] = (0,), qk_norm: str | None = "rms_norm"
+) -> SD3Transformer2DModel:
+    """As SD3.5-medium; without dual attention as SD3.5-large, without norms as SD3-medium."""
     network = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -32,7 +34,7 @@ def tiny_transformer(*, dual_attention: tuple[int, ...] = (0,)) -> SD3Transforme
         pooled_projection_dim=POOLED,
         pos_embed_max_size=TABLE_SIDE,
         dual_attention_layers=dual_attention,
-        qk_norm="rms_norm",
+        qk_norm=qk_norm,
     )
     randomize(network, seed=1)
     # A table that is no more what the class computes: it is the checkpoint's.
@@ -58,7 +60,9 @@ def tiny_projected_clip(seed: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProj
     return tokenizer, encoder.eval()
 
 
-def tiny_pipeline(*, dual_attention: tuple[int, ...] = (0,)) -> StableDiffusion3Pipeline:
+def tiny_pipeline(
+    *, dual_attention: tuple[int, ...] = (0,), qk_norm: str | None = "rms_norm"
+) -> StableDiffusion3Pipeline:
     torch.manual_seed(0)
     tokenizer, text_encoder = tiny_projected_clip(5)
     tokenizer_2, text_encoder_2 = tiny_projected_clip(6)
@@ -72,7 +76,7 @@ def tiny_pipeline(*, dual_attention: tuple[int, ...] = (0,)) -> StableDiffusion3
         tokenizer_2=tokenizer_2,
         text_encoder_3=text_encoder_3,
         tokenizer_3=tokenizer_3,
-        transformer=tiny_transformer(dual_attention=dual_attention),
+        transformer=tiny_transformer(dual_attention=dual_attention, qk_norm=qk_norm),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
