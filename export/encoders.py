@@ -27,16 +27,13 @@ class EncoderModule(nn.Module):
         return features.float()
 
 
-def build_encoder(
-    class_name: str, folder: Path, dtype: str, settings: Mapping[str, int]
-) -> nn.Module:
+def build_encoder(class_name: str, folder: Path, dtype: str) -> nn.Module:
     """An encoder from the config.json in `folder`, its parameters of `dtype` on the meta device.
 
-    `settings` replace some of the configuration. Parameters that share a tensor are one, and
-    buffers hold their real values.
+    Parameters that share a tensor are one, and buffers hold their real values.
     """
     kind = getattr(transformers, class_name)
-    config = kind.config_class.from_pretrained(folder, local_files_only=True, **settings)
+    config = kind.config_class.from_pretrained(folder, local_files_only=True)
     with init_empty_weights(include_buffers=False):
         network = kind(config)
     network.tie_weights()

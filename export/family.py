@@ -78,7 +78,7 @@ class TextGraph:
     encoder_class: str
     field: str
     signature: Callable[[Configs], Signature]
-    blocks: Mapping[str, str]
+    blocks: tuple[str, ...]
     former_prefix: str = ""
     is_float16_safe: bool = True
 
@@ -161,11 +161,11 @@ class Family:
     of them that become graphs. `multiple` is what
     height and width are multiples of, `longest_side` the largest of either, `default_side` what
     the model was trained at, all in pixels.
-    `blocks` says of each kind of the transformer's repeated blocks which setting of its config.json
-    counts them and what their tensors' names begin with.
+    `blocks` names the transformer's lists of repeated blocks.
     `guidance_argument` and `text_tokens_argument` are what the diffusers pipeline calls them.
     `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`; one is
-    `text_tokens`, on which no other depends, so that hosts can shorten text by it alone. `grid` and
+    `text_tokens`, on which no other depends where text has a mask, so that hosts can shorten it by
+    that alone. `grid` and
     `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
     pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
@@ -176,7 +176,7 @@ class Family:
     name: str
     pipelines: tuple[str, ...]
     transformer_class: str
-    blocks: Mapping[str, str]
+    blocks: tuple[str, ...]
     vae_class: str
     text_components: tuple[str, ...]
     grid: GridRule

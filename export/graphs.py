@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,6 @@ from meancache_trt.export.networks import (
     vae_decoder,
 )
 from meancache_trt.export.optimize import optimize
-from meancache_trt.export.safetensors_file import StoredTensor
 from meancache_trt.export.tokenization import write_tokenizer
 from meancache_trt.export.trace import trace
 from meancache_trt.export.update import HISTORIES, update_graph, update_signature
@@ -67,19 +66,9 @@ def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
 
 def write_sample(model: Network, target: Path) -> None:
     """Write the float32 graph of one block of each kind, beside the weights that are in place."""
-    graph = _traced(model, F32, sampled_tensors(model), depth=1)
+    network, _ = model.sample()
+    graph = _traced(model, network, F32)
     target.write_bytes(ir.to_proto(graph).SerializeToString())
-
-
-def sampled_tensors(model: Network) -> dict[str, StoredTensor]:
-    """The weights of a model with one block of each kind: the first ones, and all around them."""
-    prefixes = tuple(model.blocks.values())
-    firsts = tuple(f"{prefix}0." for prefix in prefixes)
-    return {
-        name: tensor
-        for name, tensor in model.tensors.items()
-        if name.startswith(firsts) or not name.startswith(prefixes)
-    }
 
 
 def _preparation(job: Job, model: Transformer) -> Component:
@@ -93,7 +82,7 @@ def _preparation(job: Job, model: Transformer) -> Component:
 
 def write_graph(model: Network, precision: Precision, files: tuple[WeightFile, ...]) -> Component:
     """Write a model's graph, and a text encoder's tokenizer, beside its weights `files`."""
-    graph = _traced(model, precision, model.tensors)
+    graph = _traced(model, model.empty(precision.dtype), precision)
     file = "model.onnx" if precision == F32 else f"model.{precision.dtype}.onnx"
     path = f"{model.folder}/{file}"
     component = _written(model.job, path, graph, model.signature, precision)
@@ -106,16 +95,10 @@ def write_graph(model: Network, precision: Precision, files: tuple[WeightFile, .
     return component
 
 
-def _traced(
-    model: Network,
-    precision: Precision,
-    tensors: Mapping[str, StoredTensor],
-    *,
-    depth: int | None = None,
-) -> ir.Model:
-    with model.traceable(model.empty(precision.dtype, depth=depth)) as module:
+def _traced(model: Network, network: nn.Module, precision: Precision) -> ir.Model:
+    with model.traceable(network) as module:
         graph = _trace(model.job, module, model.signature, precision)
-    reference_weights(graph, tensors)
+    reference_weights(graph, model.tensors)
     optimize(graph)
     return graph
 

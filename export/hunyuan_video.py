@@ -177,10 +177,7 @@ HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
     pipelines=("HunyuanVideoPipeline",),
     transformer_class="HunyuanVideoTransformer3DModel",
-    blocks={
-        "num_layers": "transformer_blocks.",
-        "num_single_layers": "single_transformer_blocks.",
-    },
+    blocks=("transformer_blocks", "single_transformer_blocks"),
     vae_class="AutoencoderKLHunyuanVideo",
     text_components=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
     grid="linspace_to_zero",

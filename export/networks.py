@@ -31,8 +31,7 @@ class Network(ABC):
     """A model of the checkpoint, and the graph with weights that is made of it.
 
     `part` is its folder in the checkpoint, `component` the graph's name, and `folder` where graph
-    and weights lie in the bundle. `blocks` says of each kind of repeated block which setting of
-    config.json counts them and what their tensors' names begin with.
+    and weights lie in the bundle. `blocks` names its lists of repeated blocks.
     """
 
     job: Job
@@ -40,11 +39,11 @@ class Network(ABC):
     component: str
     folder: str
     signature: Signature
-    blocks: Mapping[str, str]
+    blocks: tuple[str, ...]
 
     @abstractmethod
-    def empty(self, dtype: str, *, depth: int | None = None) -> nn.Module:
-        """The model with its parameters on the meta device, or `depth` of each kind of block."""
+    def empty(self, dtype: str) -> nn.Module:
+        """The model with its parameters on the meta device."""
 
     @abstractmethod
     def load(self) -> nn.Module:
@@ -53,6 +52,23 @@ class Network(ABC):
     @abstractmethod
     def traceable(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """The module to trace; leaving restores `model`."""
+
+    def sample(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """`empty` in float32 with the first of each kind of block alone, and their names.
+
+        Blocks of a list are of a kind where they have parameters of the same names and shapes.
+        """
+        network, kept = self.empty("float32"), []
+        for name in self.blocks:
+            blocks, kinds = network.get_submodule(name), set[object]()
+            for number, block in list(blocks.named_children()):
+                kind = tuple((key, value.shape) for key, value in block.state_dict().items())
+                if kind in kinds:
+                    delattr(blocks, number)  # which leaves the others their numbers
+                else:
+                    kinds.add(kind)
+                    kept.append(f"{name}.{number}")
+        return network, tuple(kept)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -75,10 +91,8 @@ class Network(ABC):
 
 
 class _DiffusersNetwork(Network):
-    def empty(self, dtype: str, *, depth: int | None = None) -> nn.Module:
-        settings = {} if depth is None else dict.fromkeys(self.blocks, depth)
-        config = {**self.job.configs[self.part], **settings}
-        return build_network(self._class_name, config, dtype)
+    def empty(self, dtype: str) -> nn.Module:
+        return build_network(self._class_name, self.job.configs[self.part], dtype)
 
     def load(self) -> nn.Module:
         kind = getattr(diffusers, self._class_name)
@@ -118,9 +132,8 @@ class TextEncoder(Network):
 
     text: TextGraph
 
-    def empty(self, dtype: str, *, depth: int | None = None) -> nn.Module:
-        settings = {} if depth is None else dict.fromkeys(self.blocks, depth)
-        return build_encoder(self.text.encoder_class, self.directory, dtype, settings)
+    def empty(self, dtype: str) -> nn.Module:
+        return build_encoder(self.text.encoder_class, self.directory, dtype)
 
     def load(self) -> nn.Module:
         return load_encoder(self.text, self.job.source.path)
@@ -160,7 +173,7 @@ def transformer(job: Job) -> Transformer:
 def vae_decoder(job: Job) -> VaeDecoder:
     """The job's VAE."""
     signature = job.family.signatures(job.configs).vae_decoder
-    return VaeDecoder(job, "vae", "vae_decoder", "vae_decoder", signature, {})
+    return VaeDecoder(job, "vae", "vae_decoder", "vae_decoder", signature, ())
 
 
 def text_encoders(job: Job) -> list[TextEncoder]:

@@ -21,7 +21,7 @@ from torch import nn
 from meancache_trt.engine.memory import available_bytes
 from meancache_trt.engine.onnxruntime import OnnxRuntime
 from meancache_trt.errors import ExportError
-from meancache_trt.export.graphs import sampled_tensors, write_sample
+from meancache_trt.export.graphs import write_sample
 from meancache_trt.export.job import Job
 from meancache_trt.export.networks import (
     Network,
@@ -163,8 +163,7 @@ def _transformer_records(
         noise = prepare_feeds(signatures.prepare, case, feeds)
         noises.append((case, noise))
         inputs.append((case, with_prepared(signatures.transformer, feeds, prepare.run(noise))))
-    blocks = () if _fits(model) else _first_blocks(model)
-    network = _sample(model) if blocks else model.load()
+    network, blocks = _oracle(model)
     preparation = _expected("prepare", network, wrapper.reference_preparation, noises)
     velocities = _expected(
         "transformer",
@@ -210,8 +209,8 @@ def _text_record(
     model: TextEncoder, graphs: Mapping[str, Path], runtime: OnnxRuntime
 ) -> ParityRecord:
     (ids,), (features,) = model.signature.inputs, model.signature.outputs
-    blocks = () if _fits(model) else _first_blocks(model)
-    network: Any = _sample(model) if blocks else model.load()
+    network: Any
+    network, blocks = _oracle(model)
     expected = _expected(
         model.component,
         network,
@@ -234,16 +233,14 @@ def _fits(model: Network) -> bool:
     return _BYTES_PER_PARAMETER * parameters <= limit
 
 
-def _first_blocks(model: Network) -> tuple[str, ...]:
-    return tuple(f"{prefix}0" for prefix in model.blocks.values())
-
-
-def _sample(model: Network) -> nn.Module:
-    """The model with one block of each kind, and the weights of the first ones, in float32."""
-    network = model.empty("float32", depth=1)
-    weights = load_tensors(sampled_tensors(model))
+def _oracle(model: Network) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model in float32, or one block of each kind where it does not fit, and their names."""
+    if _fits(model):
+        return model.load(), ()
+    network, blocks = model.sample()
+    weights = load_tensors({name: model.tensors[name] for name in network.state_dict()})
     network.load_state_dict(weights, assign=True)
-    return network
+    return network, blocks
 
 
 @contextmanager

@@ -22,14 +22,22 @@ from meancache_trt.manifest import TensorRecord
 
 
 def build_network(class_name: str, config: Mapping[str, Any], dtype: str) -> nn.Module:
-    """A diffusers model from its configuration, its parameters of `dtype` on the meta device.
+    """A diffusers model from its configuration, what checkpoints store of it on the meta device.
 
-    Buffers and constants that the model computes for itself hold their real values.
+    That is in `dtype`: parameters and buffers. Buffers and constants that the model computes for
+    itself hold their real values.
     """
     with init_empty_weights(include_buffers=False):
         network: nn.Module = getattr(diffusers, class_name).from_config(dict(config))
     for parameter in network.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
+    stored = network.state_dict()
+    for name, buffer in list(network.named_buffers()):
+        if name in stored:
+            owner, _, own_name = name.rpartition(".")
+            kind = getattr(torch, dtype) if buffer.is_floating_point() else buffer.dtype
+            empty = torch.empty_like(buffer, dtype=kind, device="meta")
+            setattr(network.get_submodule(owner), own_name, empty)
     return network.eval().requires_grad_(False)
 
 
@@ -46,7 +54,7 @@ def trace(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with mode, torch.no_grad(), _quiet():
-            _fake_parameters(module)
+            _fake_weights(module)
             model = _export(module, signature, symbols, opset)
     except Exception as error:  # torch's exporter raises whatever its passes raise
         raise ExportError(
@@ -80,11 +88,14 @@ def _export(
     return exported.model
 
 
-def _fake_parameters(module: nn.Module) -> None:
+def _fake_weights(module: nn.Module) -> None:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype)
             setattr(part, name, nn.Parameter(empty, requires_grad=False))
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _example(record: TensorRecord, symbols: Mapping[str, int]) -> torch.Tensor:

@@ -11,7 +11,7 @@ import re
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,19 +82,24 @@ class _Writer:
     def part(self, folder: Path, config: Config, shapes: Shapes, stem: str) -> None:
         """Configuration and weights of one component."""
         _write_json(folder / "config.json", config)
-        shards = list(_shards(shapes))
+        shards, filled = list(_shards(shapes)), self._filled(shapes)
         if len(shards) == 1:
-            self.shard(folder / f"{stem}.safetensors", shards[0])
+            self.shard(folder / f"{stem}.safetensors", shards[0], filled)
             return
         places = {}
         for number, shard in enumerate(shards, start=1):
             name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-            self.shard(folder / name, shard)
+            self.shard(folder / name, shard, filled)
             places.update(dict.fromkeys(shard, name))
         _write_json(folder / f"{stem}.safetensors.index.json", {"weight_map": places})
 
-    def shard(self, path: Path, shapes: Shapes) -> None:
-        """A safetensors file."""
+    def _filled(self, shapes: Shapes) -> Set[str]:
+        if not self.has_values:
+            return set()
+        return shapes.keys() if self.is_dense else _sampled(shapes)
+
+    def shard(self, path: Path, shapes: Shapes, filled: Set[str]) -> None:
+        """A safetensors file, whose tensors outside of `filled` are holes."""
         header, end = {}, 0
         for name, shape in shapes.items():
             begin, end = end, end + _length(shape)
@@ -105,7 +110,7 @@ class _Writer:
             file.write(struct.pack("<Q", len(text)) + text)
             start = file.tell()
             for name, shape in shapes.items():
-                if self.has_values and (self.is_dense or _is_sampled(name)):
+                if name in filled:
                     file.seek(start + header[name]["data_offsets"][0])
                     seed = zlib.crc32(name.encode()) if self.is_dense else len(name)
                     _write_values(file, name, shape, seed)
@@ -130,8 +135,23 @@ def _length(shape: tuple[int, ...]) -> int:
     return _BYTES * int(np.prod(shape, dtype=np.int64))
 
 
-def _is_sampled(name: str) -> bool:
-    return all(int(number) == 0 for number in _BLOCK.findall(name))
+def _sampled(shapes: Shapes) -> set[str]:
+    """Tensors outside of repeated blocks, and of the first block of each kind, as in parity."""
+    blocks: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    sampled = set()
+    for name, shape in shapes.items():
+        found = _BLOCK.search(name)
+        if found is None:
+            sampled.add(name)
+        else:
+            blocks.setdefault(name[: found.end()], []).append((name[found.end() :], shape))
+    kinds = set[object]()
+    for block, tensors in blocks.items():
+        kind = (block.rstrip("0123456789."), *tensors)
+        if kind not in kinds:
+            kinds.add(kind)
+            sampled.update(block + name for name, _ in tensors)
+    return sampled
 
 
 def _write_values(file: BinaryIO, name: str, shape: tuple[int, ...], seed: int) -> None:
@@ -151,7 +171,9 @@ def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def _copy_tokenizer(folder: Path, name: str, index: dict[str, Any]) -> None:
-    shutil.copytree(standins.path("flux") / name, folder / name)
+    standin = standins.path("flux")
+    known = name if (standin / name).exists() else "tokenizer"  # a third is any of them
+    shutil.copytree(standin / known, folder / name)
     kind = json.loads((folder / name / "tokenizer_config.json").read_text())["tokenizer_class"]
     index[name] = ["transformers", kind]
 

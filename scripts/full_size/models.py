@@ -45,6 +45,16 @@ _T5_XXL: Config = {
     "tie_word_embeddings": False,
     "vocab_size": 32128,
 }
+_PROJECTED_CLIP_L: Config = {**_CLIP_L, "architectures": ["CLIPTextModelWithProjection"]}
+_PROJECTED_CLIP_G: Config = {
+    **_PROJECTED_CLIP_L,
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
 _QWEN_VL_7B: Config = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     "hidden_size": 3584,
@@ -192,6 +202,31 @@ _Z_IMAGE: Config = {
     "rope_theta": 256.0,
     "t_scale": 1000.0,
 }
+_SD35_MEDIUM: Config = {
+    "_class_name": "SD3Transformer2DModel",
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "dual_attention_layers": list(range(13)),
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 24,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "sample_size": 128,
+}
+_SD35_LARGE: Config = {
+    **_SD35_MEDIUM,
+    "caption_projection_dim": 2432,
+    "dual_attention_layers": [],
+    "num_attention_heads": 38,
+    "num_layers": 38,
+    "pos_embed_max_size": 192,
+}
+_SD3_VAE: Config = {**_FLUX_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609}
 _SCHEDULER: Config = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
@@ -258,4 +293,28 @@ MODELS: Mapping[str, FullSize] = {
         encoders={"text_encoder": _QWEN3_4B},
         size={"height": 1024, "width": 1024},
     ),
+    **{
+        name: FullSize(
+            pipeline="StableDiffusion3Pipeline",
+            transformer=transformer,
+            vae=_SD3_VAE,
+            scheduler={
+                **_SCHEDULER,
+                "max_image_seq_len": 4096,
+                "max_shift": 1.15,
+                "shift": 3.0,
+                "use_dynamic_shifting": False,
+            },
+            encoders={
+                "text_encoder": _PROJECTED_CLIP_L,
+                "text_encoder_2": _PROJECTED_CLIP_G,
+                "text_encoder_3": _T5_XXL,
+            },
+            size={"height": 1024, "width": 1024},
+        )
+        for name, transformer in {
+            "SD3.5-medium": _SD35_MEDIUM,
+            "SD3.5-large": _SD35_LARGE,
+        }.items()
+    },
 }

@@ -88,7 +88,7 @@ def find_model(model: str) -> Checkpoint:
 
 def picture_size(checkpoint: Checkpoint, height: int | None, width: int | None) -> tuple[int, int]:
     """Height and width in pixels, each by default what the model was trained at."""
-    side = detect(checkpoint.path).default_side(checkpoint.configs(("vae",)))
+    side = detect(checkpoint.path).default_side(checkpoint.configs(("transformer", "vae")))
     return height or side, width or side
 
 

@@ -73,7 +73,7 @@ class BundleEncoder:
         export, directory = graphs.bundle.export, graphs.bundle.directory / PIPELINE_FOLDER
         self.digest = encoder_digest(graphs.bundle)
         self._is_guided = export.guidance.is_classifier_free
-        self._text_tokens = export.text_tokens
+        self._symbols = export.resolution.symbols
         self._inputs = {
             name: record
             for name, record in export.components["transformer"].inputs.items()
@@ -151,12 +151,13 @@ class BundleEncoder:
     def _check_shapes(self, conditioning: Conditioning) -> None:
         for name, record in self._inputs.items():
             tensor = conditioning.tensors.get(name)
-            expected = record.resolved({"text_tokens": self._text_tokens}, skip=1)
+            expected = record.resolved(self._symbols, skip=1)
             if tensor is None or tensor.shape[1:] != expected:
                 found = "nothing" if tensor is None else tensor.shape[1:]
+                length = self._symbols["text_tokens"]
                 raise InputError(
                     f"expected embeddings {name} of shape {expected} a prompt, found {found}; this "
-                    f"bundle takes {self._text_tokens} text tokens: encode the prompts with it"
+                    f"bundle takes {length} text tokens: encode the prompts with it"
                 )
 
     def missing(self, prompts: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""The tiny pipelines of all families, with bundles that the tests share."""
+"""The tiny pipelines of every family, with bundles that the tests share."""
 
 from __future__ import annotations
 
@@ -34,3 +34,8 @@ def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 @pytest.fixture(scope="session")
 def z_image(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return made("z_image", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return made("sd3", tmp_path_factory)

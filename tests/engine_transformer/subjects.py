@@ -84,11 +84,21 @@ def z_image_call(batch: int, rows: int, columns: int, text: int) -> dict[str, An
     }
 
 
+def sd3_call(batch: int, rows: int, columns: int, text: int) -> dict[str, Any]:
+    return {
+        "hidden_states": random(batch, 16, 2 * rows, 2 * columns),
+        "encoder_hidden_states": random(batch, text, 48, seed=1),
+        "pooled_projections": random(batch, 40, seed=2),
+        "timestep": torch.linspace(300, 900, batch),
+    }
+
+
 CALLS: dict[str, Callable[[int, int, int, int], dict[str, Any]]] = {
     "flux": flux_call,
     "qwen": qwen_call,
     "hunyuan": hunyuan_call,
     "z_image": z_image_call,
+    "sd3": sd3_call,
 }
 
 

@@ -23,6 +23,7 @@ from tests.engine_transformer.subjects import (
     mask,
     qwen_call,
     random,
+    sd3_call,
     z_image_call,
 )
 from tests.numpy_runtime import Arrays
@@ -81,6 +82,7 @@ def test_tables_of_the_pipelines_positions_are_the_prepare_graphs_bit_for_bit(
         "qwen": (1, 1, 4, 8, 12),
         "hunyuan": (2, 4, 3, 8, 12),
         "z_image": (1, 4, 8, 12),
+        "sd3": (1, 16, 8, 12),
     }
     given = {
         "noise": random(*noise[family]),
@@ -147,6 +149,18 @@ def test_what_acts_inside_the_network_is_refused(flux: Subject, extra: dict[str,
     (name,) = extra
     with pytest.raises(InputError, match=f"not followed {name}; for LoRA scales, ControlNet"):
         flux.engine()(**flux_call(1, 3, 4, 5), **extra)
+
+
+@pytest.mark.parametrize("name", ["skip_layers", "block_controlnet_hidden_states"])
+def test_layers_are_neither_skipped_nor_added_to(sd3: Subject, name: str) -> None:
+    extra: dict[str, Any] = {name: [1]}
+    with pytest.raises(InputError, match=f"not followed {name}"):
+        sd3.engine()(**sd3_call(1, 3, 4, 5), **extra)
+
+
+def test_a_latent_that_the_positions_do_not_cover_is_refused(sd3: Subject) -> None:
+    with pytest.raises(InputError, match=r"at most 48 x 48, .* found 50 x 8"):
+        sd3.engine()(**sd3_call(1, 25, 4, 5))
 
 
 def test_a_guidance_that_the_graph_does_not_have_is_refused(qwen: Subject) -> None:

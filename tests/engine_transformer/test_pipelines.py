@@ -13,6 +13,7 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxPipeline,
     QwenImageImg2ImgPipeline,
+    StableDiffusion3Img2ImgPipeline,
     ZImageImg2ImgPipeline,
 )
 from PIL import Image
@@ -51,6 +52,7 @@ Z_IMAGE = {
     "negative_prompt": ["blurry", ""],
     "max_sequence_length": 64,
 }
+SD3 = {**QWEN, "max_sequence_length": tiny_flux.TEXT_TOKENS, "guidance_scale": 4.0}
 RUNS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "flux": ("flux", None, FLUX),
     "flux true guidance": ("flux", None, {**FLUX, "negative_prompt": "b", "true_cfg_scale": 2.0}),
@@ -91,6 +93,12 @@ RUNS: dict[str, tuple[str, Any, dict[str, Any]]] = {
             "prompt_attention_mask": mask([5, 12], 12),
             "num_frames": 9,
         },
+    ),
+    "sd3": ("sd3", None, SD3),
+    "sd3 image to image": (
+        "sd3",
+        StableDiffusion3Img2ImgPipeline,
+        {**SD3, "image": picture(), "strength": 0.7},
     ),
 }
 
@@ -137,7 +145,7 @@ def test_a_pipeline_ends_where_it_does_with_its_own_transformer(
     torch.testing.assert_close(found, expected, rtol=0, atol=LATENT_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen", "hunyuan", "z_image"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "hunyuan", "z_image", "sd3"])
 def test_a_schedule_evaluates_the_engine_at_its_nodes_alone(
     name: str, request: pytest.FixtureRequest
 ) -> None:

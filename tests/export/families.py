@@ -18,13 +18,14 @@ from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Family, Size
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Component, Exported, batch_symbols
-from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image, tiny_z_image
+from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image, tiny_sd3, tiny_z_image
 
 TINY = {
     "flux": tiny_flux.tiny_pipeline,
     "qwen_image": tiny_qwen_image.tiny_pipeline,
     "hunyuan_video": tiny_hunyuan_video.tiny_pipeline,
     "z_image": tiny_z_image.tiny_pipeline,
+    "sd3": tiny_sd3.tiny_pipeline,
 }
 TEXT_TOKENS = 12
 

@@ -124,9 +124,19 @@ def test_openvino_runs_it_within_the_error_of_bfloat16(tiny: TinyExport) -> None
     feeds = random_feeds(tiny, size)
     exact, rounded = (torch_velocity(tiny, feeds, size, t) for t in (torch.float32, torch.bfloat16))
     found = openvino_velocity(tiny, feeds)
-    error = np.abs(rounded - exact).max()
     # Torch's own error and half of it more: both round products to 8 bits, at places that differ.
-    assert 0 < np.abs(found - exact).max() <= 1.5 * error
+    assert 0 < deviation(found, exact) <= 1.5 * deviation(rounded, exact)
+    largest = _LARGEST.get(tiny.exported.family, 1.5)
+    assert np.abs(found - exact).max() <= largest * np.abs(rounded - exact).max()
+
+
+_LARGEST = {"sd3": 1.75}
+"""Of the largest error, which is one of some hundred: SD3's was 1.07 to 1.60 times torch's at four
+sizes, where the root mean square was 1.11 to 1.16 times."""
+
+
+def deviation(found: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.mean(np.square(found - exact))))
 
 
 def random_feeds(tiny: TinyExport, size: Size) -> Arrays:

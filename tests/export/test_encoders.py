@@ -211,14 +211,14 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(
 
 
 def test_an_unmodified_network_is_built_without_weights(saved: Path) -> None:
-    network = build_encoder("T5EncoderModel", saved / "text_encoder_2", "bfloat16", {})
+    network = build_encoder("T5EncoderModel", saved / "text_encoder_2", "bfloat16")
     parameters = list(network.parameters())
     assert {str(parameter.device) for parameter in parameters} == {"meta"}
     assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
 
 
 def test_unknown_names_stay_for_the_check_to_see(saved: Path) -> None:
-    network = build_encoder("CLIPTextModel", saved / "text_encoder", "float32", {})
+    network = build_encoder("CLIPTextModel", saved / "text_encoder", "float32")
     tensor = StoredTensor(saved, 0, 4, "float32", (1,))
     assert named_as_in_module({"else": tensor}, network, "text_model.") == {"else": tensor}
 

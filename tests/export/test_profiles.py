@@ -1,4 +1,4 @@
-"""Ranges to shapes, for the published configurations of the three families."""
+"""Ranges to shapes, for the published configurations of every family."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from meancache_trt.export.flux import FLUX
 from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
 from meancache_trt.export.profiles import ShapeRange, profile
 from meancache_trt.export.qwen_image import QWEN_IMAGE
+from meancache_trt.export.sd3 import SD3
 from meancache_trt.export.update import update_signature
 from meancache_trt.export.z_image import Z_IMAGE
 from meancache_trt.manifest import Component, batch_symbols
 from meancache_trt.shapes import PictureSize, Range, Ranges, text_buckets
 from meancache_trt.tiling import levels, pieces
-from tests.export import test_hunyuan_video, test_z_image
+from tests.export import test_hunyuan_video, test_sd3, test_z_image
 
 # black-forest-labs/FLUX.1-dev and Qwen/Qwen-Image, without what is unused
 FLUX_DEV: Configs = {
@@ -47,6 +48,7 @@ CASES: dict[str, tuple[Family, Configs, tuple[str, ...], int]] = {
     "qwen_image": (QWEN_IMAGE, QWEN, ("1328x1328", "1664x928", "928x1664"), 512),
     "z_image": (Z_IMAGE, test_z_image.PUBLISHED, ("1024x1024", "1296x720"), 512),
     "hunyuan_video": (HUNYUAN_VIDEO, HUNYUAN, ("1280x720x129", "544x960x61"), 256),
+    "sd3": (SD3, test_sd3.MEDIUM, ("1024x1024", "1440x768"), 256),
 }
 
 
@@ -183,7 +185,22 @@ def test_every_tile_of_every_resolution_lies_within_the_decoders_profile(
             assert max(lengths) <= largest[axis.latent_axis]
 
 
-@pytest.mark.parametrize("name", CASES)
+def test_unpacked_latents_and_all_text_tokens_have_shapes_of_their_own() -> None:
+    found = profiles("sd3")
+    latent = ((2, 16, 96, 128), (4, 16, 128, 128), (8, 16, 128, 180))
+    assert found["transformer"] == {
+        "hidden_states": latent,
+        # 77 of CLIP before the 256 of T5
+        "encoder_hidden_states": ((2, 333, 4096), (4, 333, 4096), (8, 333, 4096)),
+        "pooled_projections": ((2, 2048), (4, 2048), (8, 2048)),
+        "timestep": ((2,), (4,), (8,)),
+    }
+    assert found["prepare"] == {"noise": tuple((n // 2, *shape) for n, *shape in latent)}
+    assert found["update/h4"]["model_output"] == latent
+
+
+# SD3 has no text mask, so that nobody shortens its text.
+@pytest.mark.parametrize("name", CASES.keys() - {"sd3"})
 def test_text_tokens_are_a_symbol_that_no_other_depends_on(name: str) -> None:
     family, configs, sizes, text_tokens = CASES[name]
     size = PictureSize.parse(sizes[0])

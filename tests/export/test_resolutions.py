@@ -27,7 +27,7 @@ from meancache_trt.render import Pipeline
 from meancache_trt.rendering import Rendering
 from meancache_trt.session import Session
 from meancache_trt.shapes import PictureSize, Range
-from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image, tiny_z_image
+from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image, tiny_sd3, tiny_z_image
 
 pytestmark = pytest.mark.slow  # two exports a family
 
@@ -64,6 +64,7 @@ TINY: dict[str, tuple[Callable[[], Any], str, str]] = {
     "qwen_image": (tiny_qwen_image.tiny_pipeline, "48x32", "24x72"),
     "z_image": (tiny_z_image.tiny_pipeline, "48x32", "24x72"),
     "hunyuan_video": (tiny_hunyuan_video.tiny_pipeline, "48x32x5", "32x48x9"),
+    "sd3": (tiny_sd3.tiny_pipeline, "48x32", "24x72"),
 }
 
 
@@ -93,7 +94,7 @@ def conditioning(pipeline: Pipeline, count: int, seed: int = 0) -> Conditioning:
     generator = np.random.default_rng(seed)
     tensors = {}
     for name, record in pipeline.bundle.export.components["transformer"].inputs.items():
-        sizes = [TEXT_TOKENS if extent == "text_tokens" else extent for extent in record.shape[1:]]
+        sizes = record.resolved(pipeline.bundle.export.resolution.symbols, skip=1)
         if record.role == "conditioning":
             tensors[name] = generator.standard_normal((count, *sizes)).astype(record.dtype)
         elif record.role == "text_mask":
@@ -229,7 +230,8 @@ def test_tensorrt_builds_plans_for_the_bundles_profiles(both: Pipeline) -> None:
     """From the bundle alone: its graphs, and the configurations that it carries."""
     export, directory = both.bundle.export, both.bundle.directory
     family = FAMILIES[export.family]
-    configs = Checkpoint(directory / PIPELINE_FOLDER).configs(("transformer", "vae"))
+    parts = ("transformer", "vae", *family.text_components)
+    configs = Checkpoint(directory / PIPELINE_FOLDER).configs(parts)
     ranges = msgspec.structs.replace(export.ranges, batch=Range(1, 2, 4))
     for name in ("prepare", "transformer", "update/h2"):
         component = export.components[name]

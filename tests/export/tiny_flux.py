@@ -54,14 +54,14 @@ def tiny_transformer(*, has_guidance: bool = True) -> FluxTransformer2DModel:
     return network.eval()
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 16, 16),
         layers_per_block=1,
         norm_num_groups=4,
-        latent_channels=4,
+        latent_channels=latent_channels,
         scaling_factor=0.4,
         shift_factor=0.1,
         use_quant_conv=False,
