@@ -18,9 +18,9 @@ from meancache_trt.production.tickets import Group
 from meancache_trt.session import Session
 
 DEFAULT_LIMIT = 8
-"""The largest batch that is tried where nobody asks for more. On two cores the stand-ins take 19 %
-(FLUX.1) to 25 % less time a picture in batches of eight than alone, and 4 to 9 % less than in
-fours (`scripts/prove production`)."""
+"""The largest batch that is tried where nobody asks for more. On two cores the FLUX.1 stand-in takes
+a fifth less time a picture in batches of eight than alone, and hardly less than in fours; a
+mid-size model gains nothing (`scripts/prove production`)."""
 
 _WORTH_IT = 0.97
 """A larger batch has to take less than this share of the time a picture: less than noise is no
