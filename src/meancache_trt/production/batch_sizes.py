@@ -18,8 +18,8 @@ from meancache_trt.production.tickets import Group
 from meancache_trt.session import Session
 
 DEFAULT_LIMIT = 8
-"""The largest batch that is tried where nobody asks for more. On two cores the FLUX.1 stand-in takes
-a fifth less time a picture in batches of eight than alone, and hardly less than in fours; a
+"""The largest batch that is tried where nobody asks for more. On two cores the FLUX.1 stand-in
+takes a fifth less time a picture in batches of eight than alone, and hardly less than in fours; a
 mid-size model gains nothing (`scripts/prove production`)."""
 
 _WORTH_IT = 0.97
