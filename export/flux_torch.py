@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
-from meancache_trt.export.autoencoder_kl_torch import decode
+from meancache_trt.export.autoencoder_kl_torch import decode, reference_pictures
 from meancache_trt.export.family import Configs
 from meancache_trt.export.flux import AXIS_POSITIONS, rope_axes
 from meancache_trt.export.packing import PACK, pack, unpack
@@ -163,7 +163,7 @@ def reference_image(vae: nn.Module, latent: Tensor, symbols: Mapping[str, int]) 
     factor = symbols["height"] // symbols["latent_height"]
     packed = latent.flatten(1, 2)
     unpacked = FluxPipeline._unpack_latents(packed, symbols["height"], symbols["width"], factor)
-    return decode(vae, unpacked).clamp(0, 1)
+    return reference_pictures(vae, unpacked)
 
 
 def load_text_pipeline(directory: str, dtype: Any) -> Any:

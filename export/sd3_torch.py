@@ -15,7 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from meancache_trt.errors import InputError
-from meancache_trt.export.autoencoder_kl_torch import decode
+from meancache_trt.export.autoencoder_kl_torch import decode, reference_pictures
 from meancache_trt.export.family import Configs
 from meancache_trt.export.patching import replaced
 from meancache_trt.export.sd3 import table_side
@@ -114,7 +114,7 @@ def reference_image(
     symbols: Mapping[str, int],  # noqa: ARG001
 ) -> Tensor:
     """What StableDiffusion3Pipeline does after the loop, up to the picture in [0, 1]."""
-    return decode(vae, latent).clamp(0, 1)
+    return reference_pictures(vae, latent)
 
 
 def load_text_pipeline(directory: str, dtype: Any) -> Any:

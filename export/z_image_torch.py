@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from meancache_trt.errors import InputError
-from meancache_trt.export.autoencoder_kl_torch import decode
+from meancache_trt.export.autoencoder_kl_torch import decode, reference_pictures
 from meancache_trt.export.family import Configs
 from meancache_trt.export.packing import PACK
 from meancache_trt.export.patching import replaced
@@ -245,10 +245,7 @@ def reference_image(
     symbols: Mapping[str, int],  # noqa: ARG001
 ) -> Tensor:
     """What ZImagePipeline does after the loop, up to the picture in [0, 1]."""
-    model: Any = vae
-    unscaled = (latent / model.config.scaling_factor) + model.config.shift_factor
-    image: Tensor = model.decode(unscaled, return_dict=False)[0]
-    return (image * 0.5 + 0.5).clamp(0, 1)
+    return reference_pictures(vae, latent)
 
 
 def load_text_pipeline(directory: str, dtype: Any) -> Any:
