@@ -68,6 +68,7 @@ class Pipeline:
         self.runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads, gpu=gpu)
         self.graphs = Graphs(bundle, self.runtime, precision)
         self._sessions: dict[tuple[Schedule, tuple[int, ...], int], Session] = {}
+        self.text_precision = text_precision
         self._new_encoder = functools.partial(
             BundleEncoder,
             precision=text_precision,

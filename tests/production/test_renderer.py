@@ -363,3 +363,22 @@ def test_every_job_has_one_outcome(start, gate):
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(InputError, match="a renderer"):
         RendererOptions(**options)
+
+
+def test_a_panic_of_a_stage_ends_every_job_and_takes_on_no_other(pipeline, monkeypatch):
+    """What is no `Exception`, such as a panic of a library in Rust, reaches no handler of jobs."""
+
+    def panic(*_: object) -> None:
+        raise SystemExit("a panic")
+
+    def submitted_into_it() -> None:
+        with Renderer(pipeline, defaults=Defaults(schedule="b6")) as renderer:
+            monkeypatch.setattr("meancache_trt.production.timed_work.TimedWork.decode", panic)
+            future = renderer.submit(Job(id="a", prompt="a red circle"))
+            with pytest.raises(RenderError, match="has stopped"):
+                future.result(timeout=60)
+            with pytest.raises(RefusedError, match="has stopped"):
+                renderer.submit(Job(id="b", prompt="a red circle"))
+
+    with pytest.raises(SystemExit, match="a panic"):
+        submitted_into_it()

@@ -17,6 +17,7 @@ from meancache_trt.production.chunks import chunks_of
 from meancache_trt.production.claims import Claims
 from meancache_trt.production.jobs import Job, Limits
 from meancache_trt.production.limits import Guard
+from meancache_trt.production.names import NameTemplate
 from meancache_trt.production.results import ResultsLog
 from meancache_trt.production.run import Run, RunOptions
 from meancache_trt.production.tickets import Checker, Defaults, Settings, Ticket
@@ -187,3 +188,17 @@ def test_a_limit_of_the_guard_ends_a_run_before_its_first_picture(
     assert rows_of(output) == []
     assert list(output.glob("*.png")) == []
     assert list((output / ".meancache").glob("tmp-*")) == []
+
+
+def test_a_job_does_not_replace_the_file_of_another_that_is_done(
+    pipeline: Pipeline, tickets: list[Ticket], tmp_path: Path
+) -> None:
+    """As where a line was put before others: names with the index shift, those done do not."""
+    names = NameTemplate.parse("{index:04d}")
+    options = replace(run_options(tmp_path / "out", batch=2), names=names)
+    Run(pipeline, tickets[:2], Settings(), options).run(threading.Event())
+    done = pictures_in(tmp_path / "out")
+    shifted = [replace(tickets[2], index=0), *(replace(t, index=t.index + 1) for t in tickets[:2])]
+    with pytest.raises(InputError, match=r"'j2' would be written to 0000\.png.*of job 'j0'"):
+        Run(pipeline, shifted, Settings(), options)
+    assert pictures_in(tmp_path / "out") == done

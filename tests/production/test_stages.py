@@ -121,7 +121,7 @@ def test_a_slow_stage_holds_up_those_before_it() -> None:
 def test_an_error_ends_it_though_all_queues_are_full(place: int, error: BaseException) -> None:
     """`SystemExit` stands for what is no `Exception`: a panic of a library in Rust is none."""
     is_full = threading.Event()
-    stopped: list[bool] = []
+    stopped: list[BaseException] = []
 
     def explode(item: int) -> list[int]:
         is_full.wait(_PATIENCE_S)
@@ -131,9 +131,7 @@ def test_an_error_ends_it_though_all_queues_are_full(place: int, error: BaseExce
         works: list[Work] = [lambda n: [n, n, n] for _ in range(3)]
         works[place] = explode
         stages = [stage(f"s{index}", work, 2) for index, work in enumerate(works)]
-        with Conveyor(
-            stages, room=1, on_failure=give_up, on_stop=lambda: stopped.append(True)
-        ) as conveyor:
+        with Conveyor(stages, room=1, on_failure=give_up, on_stop=stopped.append) as conveyor:
             opener = threading.Timer(0.1, is_full.set)
             opener.start()
             for number in range(100):  # waits while all is full, and must wake up again
@@ -144,7 +142,7 @@ def test_an_error_ends_it_though_all_queues_are_full(place: int, error: BaseExce
     with pytest.raises(type(error)) as caught:
         within_patience(run)
     assert caught.value is error
-    assert stopped == [True]
+    assert stopped == [error]
 
 
 def test_a_failed_item_is_reported_and_the_others_go_on() -> None:

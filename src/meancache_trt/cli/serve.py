@@ -138,6 +138,11 @@ def serve(
         raise click.UsageError(
             f"on {host} others can reach the service; give --token-file or --token-env"
         )
+    if token is None and address not in (None, _HERE):
+        # Where Ray Serve runs already, its proxies listen where they were told to then.
+        raise click.UsageError(
+            "on a cluster others may reach the service; give --token-file or --token-env"
+        )
     try:
         from meancache_trt.production import hosting, service_wire  # noqa: PLC0415
     except ImportError as error:
@@ -155,6 +160,7 @@ def serve(
         limits=service_wire.ServiceLimits(
             job=Limits(prompt_characters=prompt_limit),
             images=min(images_limit, queue),  # more could never be taken on at once
+            requests=max(queue, service_wire.ServiceLimits().requests),
             request_s=deadline,
         ),
         token=token,

@@ -125,7 +125,8 @@ def _picture_ms(graphs: Graphs, group: Group, batch: int) -> float:
     times = []
     for _ in range(1 + _EVALUATIONS):
         start = time.perf_counter()
-        session.evaluate(0, latents, conditioning, scale)
+        with graphs.runtime.turn():
+            session.evaluate(0, latents, conditioning, scale)
         times.append(1e3 * (time.perf_counter() - start))
     return min(times[1:]) / batch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import socket
 import sys
@@ -95,6 +96,8 @@ def serve_here(hosting: Hosting, host: str, port: int, note: Callable[[str], Non
             log_config=None,
             access_log=False,
             server_header=False,
+            # A client that stops reading its answer must not keep the service from ending.
+            timeout_graceful_shutdown=math.ceil(hosting.limits.request_s + hosting.limits.body_s),
         )
         note(serving(hosting, host, listening.getsockname()[1]))
         uvicorn.Server(config).run([listening])

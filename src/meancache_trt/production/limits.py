@@ -28,7 +28,10 @@ class Guard:
 
     def check(self) -> None:
         """Raise `InputError` where a limit is reached."""
-        free = shutil.disk_usage(self.directory).free
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            raise InputError(f"cannot write to {self.directory}: {error.strerror}") from error
         if free < self.min_free_bytes:
             raise InputError(
                 f"{self.directory} has {_mib(free)} free, less than the {_mib(self.min_free_bytes)}"

@@ -127,7 +127,8 @@ class Renderer:
                 Stage("decode", lambda: self._decode),
             ],
             room=0,  # without bound: hints are small, and `capacity` bounds the rest
-            on_failure=self._give_up,
+            on_failure=_give_up,
+            on_stop=self._end_all,
         )
         self._stack = contextlib.ExitStack()
         self._checking, self._lock = threading.Lock(), threading.Lock()
@@ -364,8 +365,8 @@ class Renderer:
             entry.future.set_result(rendering)
         return outcome
 
-    def _give_up(self, _: object, error: Exception) -> None:
-        """What a stage raises is no job's fault, and no future may wait for it."""
+    def _end_all(self, error: BaseException) -> None:
+        """What stops the stages is no job's fault, and no future may wait for them."""
         with self._lock:
             self._closed = f"has stopped ({reason(error)})"
             left = list(self._entries)
@@ -376,7 +377,10 @@ class Renderer:
         for outcome in ended:
             if outcome is not None:
                 self._on_outcome(outcome)
-        raise error
+
+
+def _give_up(_: object, error: Exception) -> None:
+    raise error
 
 
 def _stopper(batch: Sequence[Entry]) -> OnEvaluation:

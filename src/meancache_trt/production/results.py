@@ -81,6 +81,7 @@ class ResultsLog:
         self.path = directory / LOG
         self._lock_path = directory / FOLDER / "results.lock"
         self._known: dict[str, _Known] = {}
+        self._owners: dict[str, str] = {}
         self._counts: Counter[Status] = Counter()
         self._end = 0
         self._lines = 0
@@ -131,6 +132,10 @@ class ResultsLog:
         """Raise `InputError` for the first job that is done as another one; see `status_of`."""
         for ticket in tickets:
             self.status_of(ticket)
+
+    def owner_of(self, path: str) -> str | None:
+        """The id of the job whose file that is, by its path in a row; None where none has it."""
+        return self._owners.get(path)
 
     def row(self, job_id: str) -> Result | None:
         """The row of a job that counts, read from the file."""
@@ -222,6 +227,7 @@ class ResultsLog:
                 self._counts[before.status] -= 1
             self._counts[row.status] += 1
             self._known[row.id] = _Known(row.status, row.ticket_digest, self._end, length)
+            self._owners.update((file.path, row.id) for file in row.files)
         self._end += length
         self._lines += 1
 
@@ -246,6 +252,8 @@ class ResultsLog:
             return self.path.stat().st_size
         except FileNotFoundError:
             return 0
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror}") from error
 
 
 class _Known(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from meancache_trt.errors import RenderError
+from meancache_trt.errors import InputError, RenderError
 from meancache_trt.media.formats import OutputFormat
 from meancache_trt.production.batch_sizes import DEFAULT_LIMIT, choose_batch
 from meancache_trt.production.chunks import Chunk, chunks_of, group_name
@@ -94,12 +94,13 @@ class _OpenChunk:
         self._left = len(chunk.tickets)
         self._lock = threading.Lock()
 
-    def finish(self, pictures: int) -> None:
-        """Count what is through, or need not be made; the last one releases the claim."""
+    def finish(self, pictures: int) -> bool:
+        """Count what is through, or need not be made; whether all is, which releases the claim."""
         with self._lock:
             self._left -= pictures
             if self._left == 0:
                 self.claim.release()
+            return self._left == 0
 
 
 class Run:
@@ -128,11 +129,12 @@ class Run:
             self._wanted(),
             is_any_version_allowed=options.is_any_version_allowed,
         )
+        self._own_failures: set[str] = set()
         self._log = ResultsLog(options.output)
         self._log.refresh()
         self._log.check(tickets)
+        self._check_files()
         self._claims = Claims(options.output)
-        self._own_failures: set[str] = set()
         self._earlier = sum(not self._is_undone(ticket) for ticket in tickets)
         self._failed_before = self._log.failed
         self._logged_before = self._log.done + self._log.failed
@@ -166,8 +168,8 @@ class Run:
                 with self._conveyor:
                     yield
             finally:
-                for chunk in self._open.values():
-                    chunk.claim.release()
+                for left in self._open.values():
+                    left.claim.release()
                 self._ended = time.monotonic()
 
     def snapshot(self, *, is_stopped: bool = False) -> Snapshot:
@@ -188,6 +190,19 @@ class Run:
             is_stopped=is_stopped,
         )
 
+    def _check_files(self) -> None:
+        """Raise `InputError` where a job would replace the file of another that is done."""
+        for ticket in filter(self._is_undone, self._tickets):
+            for form in self._options.formats:
+                path = self._names[ticket.index] + form.suffix
+                owner = self._log.owner_of(path)
+                if owner not in (None, ticket.job.id):
+                    raise InputError(
+                        f"job {ticket.job.id!r} would be written to {path}, which is the file of "
+                        f"job {owner!r} that is done; put {{id}} into the name template, or give "
+                        "another output directory"
+                    )
+
     def _wanted(self) -> RunRecord:
         runtime, options = self._pipeline.runtime, self._options
         return RunRecord(
@@ -195,6 +210,7 @@ class Run:
             runtime=runtime.name,
             runtime_version=runtime.version,
             precision=self._pipeline.graphs.network("transformer").precision,
+            text_precision=self._pipeline.text_precision,
             noise=self._settings.noise,
             vae_tiling=self._settings.vae_tiling,
             formats=tuple(f"{form.name}:{form.used_quality}" for form in options.formats),
@@ -319,19 +335,23 @@ class Run:
             if any(ticket.index in opened.undone for ticket in tickets):
                 needed.append(item)
             else:
-                opened.finish(len(tickets))
+                self._finish(opened, len(tickets))
         return needed
+
+    def _finish(self, opened: _OpenChunk, pictures: int) -> None:
+        if opened.finish(pictures):
+            for ticket in opened.chunk.tickets:
+                del self._open[ticket.index]
 
     def _written(self, item: Pictures | Failure, recorder: Recorder) -> list[None]:
         """Files first, then their rows: a row says that the files are there."""
         tickets = (item.ticket,) if isinstance(item, Failure) else item.tickets
-        undone = {t.index for t in tickets if t.index in self._open[t.index].undone}
-        rows = self._log.append(recorder.record(item, undone))
+        opened = self._open[tickets[0].index]  # an item is of one chunk
+        rows = self._log.append(recorder.record(item, opened.undone))
         with self._lock:
             self._done += sum(row.status == "done" for row in rows)
             self._own_failures |= {row.id for row in rows if row.status == "failed"}
-        for ticket in tickets:
-            self._open[ticket.index].finish(1)
+        self._finish(opened, len(tickets))
         self._check_failures()
         return []
 

@@ -18,6 +18,7 @@ from typing import Literal
 import msgspec
 
 from meancache_trt.errors import InputError
+from meancache_trt.export.text import TextPrecision
 from meancache_trt.meancache.files import decode_json, made_directory, write_json
 from meancache_trt.production.claims import FOLDER, Claims, locked
 from meancache_trt.rendering import NoiseSource
@@ -46,6 +47,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     runtime: str
     runtime_version: str
     precision: str
+    text_precision: TextPrecision = "float32"
     noise: NoiseSource
     vae_tiling: bool
     formats: tuple[str, ...]

@@ -44,7 +44,7 @@ class Conveyor:
         room: items that wait before each stage; further ones hold up the stage before.
         on_failure: called in the stage's thread where an item's work raises; the item is then gone
             and the others go on.
-        on_stop: called once, from any thread, when the conveyor stops because of an error.
+        on_stop: called once with the error that stops the conveyor, from any thread.
 
     An error in a `with` block, in `make` or in `on_failure` stops it: what waits is dropped, what
     is under way is finished. The first such error is raised at the end of the block.
@@ -56,7 +56,7 @@ class Conveyor:
         *,
         room: int,
         on_failure: OnFailure,
-        on_stop: Callable[[], None] = lambda: None,
+        on_stop: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         self._queues: list[queue.Queue[Any]] = [queue.Queue(room) for _ in stages]
         self._on_failure, self._on_stop = on_failure, on_stop
@@ -112,7 +112,7 @@ class Conveyor:
             self._error = self._error or error
         self._stopped.set()
         if is_first:
-            self._on_stop()
+            self._on_stop(error)
 
     def __enter__(self) -> Conveyor:
         for workers in self._workers:

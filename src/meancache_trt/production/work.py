@@ -244,7 +244,7 @@ def tried_apart(run: Callable[[Any], list[Any]], batch: Any) -> list[Any]:
         return [made for single in singles for made in tried_apart(run, single)]
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """An error for a log: the message of ours, the type too of others'."""
     is_ours = isinstance(error, (MeanCacheError, Cancelled))
     return str(error) if is_ours else f"{type(error).__name__}: {error}"
