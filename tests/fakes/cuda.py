@@ -7,6 +7,7 @@ CUDA forbids raises `RuleBroken`. What is wrong in a finalizer is kept in `viola
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -109,10 +110,11 @@ class FakeStream:
         queue.append(operation)
 
     def run_until(self, position: int) -> None:
-        while self.done < position:
-            operation = self.pending.pop(0)
-            self.done += 1
-            operation.run()
+        with self.device.running:  # threads may wait for one stream at once
+            while self.done < position:
+                operation = self.pending.pop(0)
+                self.done += 1
+                operation.run()
 
     def copy_in(self, pointer: int, source: NDArray[Any]) -> None:
         assert source.flags.c_contiguous
@@ -195,6 +197,7 @@ class FakeDevice:
     is_closed: bool = False
 
     def __post_init__(self) -> None:
+        self.running = threading.RLock()
         self._discarded: list[Callable[[], None]] = []
         self._memories: weakref.WeakSet[FakeMemory] = weakref.WeakSet()
         self._next_handle = _FIRST_HANDLE
