@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meancache_trt.production.chunks import Chunk, chunks_of, group_name, split_by_length
+from meancache_trt.production.chunks import chunks_of, group_name
 from meancache_trt.production.tickets import Group, Ticket
 from tests.production.made import B5, FULL, make_ticket
 
@@ -89,29 +88,3 @@ def test_equal_groups_have_one_name_and_others_another() -> None:
         assert group_name(one) != group_name(other)
     assert group_name(make_ticket(1, guidance_scale=7.0, seed=4)) == group_name(kinds[0])
     assert group_name(kinds[0]).startswith("b5 64x64 ")
-
-
-@given(
-    lengths=st.lists(st.sampled_from([16, 64, 128]), min_size=1, max_size=20),
-    batch_size=st.integers(1, 4),
-)
-def test_batches_have_one_text_length_and_keep_the_order(
-    lengths: list[int], batch_size: int
-) -> None:
-    tickets = tickets_of([0] * len(lengths))
-    chunk = Chunk("a", tuple(tickets), batch_size)
-    batches = split_by_length(chunk, lengths)
-    indices = [[ticket.index for ticket in batch] for batch in batches]
-    assert sorted(index for batch in indices for index in batch) == list(range(len(lengths)))
-    assert indices == sorted(indices)
-    assert all(batch == sorted(batch) and len(batch) <= batch_size for batch in indices)
-    assert all(len({lengths[index] for index in batch}) == 1 for batch in indices)
-    for length in set(lengths):
-        assert sum(lengths[batch[0]] == length for batch in indices) == -(
-            -lengths.count(length) // batch_size
-        )
-
-
-def test_a_length_for_each_job_is_needed() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        split_by_length(Chunk("a", (make_ticket(),), 1), [])

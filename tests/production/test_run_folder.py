@@ -44,7 +44,7 @@ def test_files_that_are_there_already_are_let_be(tmp_path: Path) -> None:
         ({"formats": ("png", "webp")}, r"formats \('png',\), this one has \('png', 'webp'\)"),
         ({"name_template": "{seed}"}, r"name_template '\{id\}', this one has '\{seed\}'"),
         ({"batch_size": 2}, "batch_size None, this one has 2"),
-        ({"batches_a_chunk": 2}, "batches_a_chunk None, this one has 2"),
+        ({"text_precision": "checkpoint"}, "text_precision 'float32', this one has 'checkpoint'"),
         ({"noise": "torch", "vae_tiling": True}, "noise .*; vae_tiling False"),
     ],
 )

@@ -54,18 +54,6 @@ def chunks_of(
     return sorted(chunks, key=lambda chunk: chunk.tickets[0].index)
 
 
-def split_by_length(chunk: Chunk, lengths: Sequence[int]) -> list[tuple[Ticket, ...]]:
-    """Batches of jobs that have one text length, ordered by their first jobs.
-
-    `lengths` are the text tokens at which each job of the chunk is rendered.
-    """
-    alike: dict[int, list[Ticket]] = {}
-    for ticket, length in zip(chunk.tickets, lengths, strict=True):
-        alike.setdefault(length, []).append(ticket)
-    batches = [batch for members in alike.values() for batch in _cut(members, chunk.batch_size)]
-    return sorted(batches, key=lambda batch: batch[0].index)
-
-
 def _chunk(tickets: tuple[Ticket, ...], batch_size: int) -> Chunk:
     content = [batch_size, [(ticket.job.id, ticket.digest) for ticket in tickets]]
     return Chunk(digest_of(encode_json(content)), tickets, batch_size)

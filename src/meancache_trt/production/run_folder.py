@@ -38,7 +38,7 @@ class GroupSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`run.json`: what all processes of a run share, so that a job gives the same file in each.
 
-    `batch_size` and `batches_a_chunk` are what was asked for, None what is measured. `sizes` are by
+    `batch_size` is what was asked for, None what is measured. `sizes` are by
     `chunks.group_name`, and are added as groups are met.
     """
 
@@ -53,7 +53,6 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     formats: tuple[str, ...]
     name_template: str
     batch_size: int | None = None
-    batches_a_chunk: int | None = None
     sizes: dict[str, GroupSizes] = {}
 
 
