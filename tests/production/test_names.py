@@ -100,6 +100,7 @@ def test_an_id_that_is_no_name_is_refused(job_id):
 def test_the_longest_name_can_be_written_with_any_suffix(tmp_path: Path):
     name = NameTemplate.parse("{id}").fill(make_ticket("a" * 243))
     (tmp_path / f"{name}.safetensors").touch()
+    assert [path.stem for path in tmp_path.iterdir()] == ["a" * 243]
 
 
 def test_a_schedules_name_is_made_safe():
