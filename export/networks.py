@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from meancache_trt.export.encoders import (
 from meancache_trt.export.family import Signature, TextGraph
 from meancache_trt.export.job import PIPELINE_FOLDER, Job, Precision
 from meancache_trt.export.safetensors_file import StoredTensor
-from meancache_trt.export.trace import build_network
+from meancache_trt.export.trace import build_network, cast_stored
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,12 @@ class Network(ABC):
 
 class _DiffusersNetwork(Network):
     def empty(self, dtype: str) -> nn.Module:
-        return build_network(self._class_name, self.job.configs[self.part], dtype)
+        return cast_stored(deepcopy(self._built), dtype)
+
+    @cached_property
+    def _built(self) -> nn.Module:
+        # Once: SD3.5-medium computes a table of 147,456 positions, which its checkpoint replaces.
+        return build_network(self._class_name, self.job.configs[self.part])
 
     def load(self) -> nn.Module:
         kind = getattr(diffusers, self._class_name)

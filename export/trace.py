@@ -21,24 +21,28 @@ from meancache_trt.export.family import Signature
 from meancache_trt.manifest import TensorRecord
 
 
-def build_network(class_name: str, config: Mapping[str, Any], dtype: str) -> nn.Module:
+def build_network(class_name: str, config: Mapping[str, Any]) -> nn.Module:
     """A diffusers model from its configuration, what checkpoints store of it on the meta device.
 
-    That is in `dtype`: parameters and buffers. Buffers and constants that the model computes for
+    That is parameters and buffers, in float32. Buffers and constants that the model computes for
     itself hold their real values.
     """
     with init_empty_weights(include_buffers=False):
         network: nn.Module = getattr(diffusers, class_name).from_config(dict(config))
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
     stored = network.state_dict()
     for name, buffer in list(network.named_buffers()):
         if name in stored:
             owner, _, own_name = name.rpartition(".")
-            kind = getattr(torch, dtype) if buffer.is_floating_point() else buffer.dtype
-            empty = torch.empty_like(buffer, dtype=kind, device="meta")
-            setattr(network.get_submodule(owner), own_name, empty)
+            setattr(network.get_submodule(owner), own_name, buffer.to("meta"))
     return network.eval().requires_grad_(False)
+
+
+def cast_stored(network: nn.Module, dtype: str) -> nn.Module:
+    """Give what is on the meta device `dtype`, in place; indices and counts keep theirs."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_meta and tensor.is_floating_point():
+            tensor.data = tensor.data.to(getattr(torch, dtype))
+    return network
 
 
 def trace(
