@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from meancache_trt.errors import ExportError, InputError
 from meancache_trt.manifest import GridRule, Guidance, Resolution, Role, TensorRecord, Tiling
+from meancache_trt.meancache.sigmas import MuRule
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +166,7 @@ class Family:
     `guidance_argument` and `text_tokens_argument` are what the diffusers pipeline calls them.
     `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`; one is
     `text_tokens`, on which no other depends where text has a mask, so that hosts can shorten it by
-    that alone. `grid` and
+    that alone. `grid`, `mu` and
     `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
     pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
@@ -197,6 +198,7 @@ class Family:
     tiling: Callable[[Configs], Tiling] | None = None
     text_graphs: tuple[TextGraph, ...] = ()
     module_output: Callable[[Any], Any] = lambda velocity: velocity
+    mu: MuRule = "line"
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

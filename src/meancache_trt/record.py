@@ -24,7 +24,7 @@ from meancache_trt.export.family import (
 )
 from meancache_trt.export.pipeline import identify
 from meancache_trt.export.registry import detect
-from meancache_trt.manifest import check_guidance
+from meancache_trt.manifest import Resolution, check_guidance
 from meancache_trt.meancache.schedule import ModelReference, check_guidance_scale
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Recorder:
             PipelineField,
         )
 
-        size = resolution(self._family, self._configs, self._size)
+        size = self._resolution
         wrapper, vae = self._family.wrapper(), self.pipeline.vae
         if self._family.tiling is not None and math.prod(size.latent_shape) > BATCH_VALUES:
             vae.enable_tiling()  # a whole large video would not fit in memory
@@ -174,6 +174,14 @@ class Recorder:
         return self._options.text_tokens or self._family.default_text_tokens(self._configs)
 
     @property
+    def _mu_tokens(self) -> int | None:
+        return None if self._family.mu == "line" else self._resolution.symbols["image_tokens"]
+
+    @property
+    def _resolution(self) -> Resolution:
+        return resolution(self._family, self._configs, self._size)
+
+    @property
     def _size(self) -> Size:
         height, width = self._options.size
         return Size(height, width, self._text_tokens, self._frames)
@@ -198,6 +206,7 @@ class Recorder:
             guidance_scale=self._guidance_scale,
             guidance_argument=self._family.guidance_argument,
             options=_call_options(self._family, self._configs, self._text_tokens),
+            image_tokens=self._mu_tokens,
         )
 
     @property
