@@ -86,7 +86,9 @@ def tiny_text() -> tuple[Qwen2Tokenizer, Mistral3ForConditionalGeneration]:
     vision = PixtralVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    encoder = Mistral3ForConditionalGeneration(Mistral3Config(vision_config=vision, text_config=text))
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(vision_config=vision, text_config=text)
+    )
     randomize(encoder, seed=3)
     return tokenizer, encoder.eval()
 
