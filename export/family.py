@@ -170,6 +170,8 @@ class Family:
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
     it was reported that the network's activations exceed float16. `module_output` makes of the
     graph's velocity what the transformer's `forward` gives, where that has another sign or layout.
+    `latents_argument` makes of the loop's latent what the pipeline takes as `latents`, where that
+    has another layout.
     """
 
     name: str
@@ -195,6 +197,7 @@ class Family:
     tiling: Callable[[Configs], Tiling] | None = None
     text_graphs: tuple[TextGraph, ...] = ()
     module_output: Callable[[Any], Any] = lambda velocity: velocity
+    latents_argument: Callable[[Any, Resolution], Any] = lambda latent, _: latent
     mu: MuRule = "line"
 
     def wrapper(self) -> Wrapper:

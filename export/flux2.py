@@ -88,4 +88,5 @@ FLUX2 = Family(
     symbols=_symbols,
     signatures=_signatures,
     tiling=_tiling,
+    latents_argument=lambda latent, size: latent.mT.reshape(-1, *size.noise_shape),
 )

@@ -156,8 +156,12 @@ class Recorder:
             shaped = latent.reshape(1, *size.decode_shape)
             return wrapper.reference_image(vae, shaped, size.symbols)
 
+        def argument(latent: torch.Tensor) -> torch.Tensor:
+            given: torch.Tensor = self._family.latents_argument(latent, size)
+            return given
+
         return PipelineField(
-            self.pipeline, self.call, tuple(size.latent_shape), decode, len(trajectories)
+            self.pipeline, self.call, tuple(size.latent_shape), decode, len(trajectories), argument
         )
 
     @cached_property
