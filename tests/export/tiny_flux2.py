@@ -46,7 +46,7 @@ def tiny_transformer(*, has_guidance: bool = True) -> Flux2Transformer2DModel:
     return network.eval()
 
 
-def tiny_vae() -> AutoencoderKLFlux2:
+def tiny_vae(sample_size: int = 1024) -> AutoencoderKLFlux2:
     """With statistics other than those of a new batch norm."""
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -55,6 +55,7 @@ def tiny_vae() -> AutoencoderKLFlux2:
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=CHANNELS // 4,
+        sample_size=sample_size,
     )
     randomize(vae, seed=2)
     generator = torch.Generator().manual_seed(4)
