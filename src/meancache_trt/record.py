@@ -13,7 +13,7 @@ from meancache_trt.calibration.baking import check_budgets
 from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
 from meancache_trt.calibration.velocity_field import BATCH_VALUES, VelocityField
 from meancache_trt.errors import InputError
-from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.export.checkpoint import Checkpoint, check_libraries
 from meancache_trt.export.family import (
     Configs,
     Family,
@@ -171,6 +171,7 @@ class Recorder:
             load_pipeline,
         )
 
+        check_libraries(self._checkpoint)
         return load_pipeline(self._checkpoint.path)
 
     @cached_property

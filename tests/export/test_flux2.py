@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from diffusers import Flux2Pipeline
 
-from meancache_trt.errors import ExportError, InputError
-from meancache_trt.export import flux2_torch
+from meancache_trt.errors import ExportError, InputError, RuntimeUnavailableError
+from meancache_trt.export import PromptEncoder, flux2_torch
+from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Size, check_size
 from meancache_trt.export.flux2 import FLUX2
+from meancache_trt.record import Recorder, RecordOptions
 from tests.export.tiny_flux2 import CHANNELS, FEATURES, tiny_pipeline, tiny_transformer
 
 # black-forest-labs/FLUX.2-dev: the defaults of both classes, without what is unused
@@ -100,3 +105,29 @@ def test_a_prompt_beyond_the_text_tokens_is_cut_as_the_pipeline_does() -> None:
         found = flux2_torch.encode_prompts(pipeline, prompts, 12)
     assert torch.equal(found["encoder_hidden_states"], features)
     assert features.shape == (2, 12, FEATURES)
+
+
+def test_a_tokenizer_whose_library_is_not_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lacking(type):
+        def __getattr__(cls, name: str) -> object:
+            raise ImportError(
+                "\nPixtralProcessor requires the Torchvision library but it was not found in your"
+            )
+
+    class PixtralProcessor(metaclass=Lacking):
+        """As transformers has it without torchvision."""
+
+    tiny_pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "PixtralProcessor"]  # as FLUX.2-dev has it
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(transformers, "PixtralProcessor", PixtralProcessor)
+    options = RecordOptions(size=(32, 32), prompts=("a",))
+    for load in (
+        lambda: PromptEncoder(FLUX2, tmp_path, 12).encode(["a"]),
+        lambda: Recorder(Checkpoint(tmp_path), options).pipeline,
+    ):
+        with pytest.raises(RuntimeUnavailableError, match=r"^tokenizer of .* requires the Torchv"):
+            load()
