@@ -15,7 +15,11 @@ from meancache_trt.export.safetensors_file import StoredTensor, read_tensors
 _MODEL_WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers writes
 _ENCODER_WEIGHTS = "model.safetensors"  # what transformers writes
 
-_HUB_PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
+_HUB_PATTERNS = (
+    "model_index.json",
+    *("*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"),
+    "*/*.jinja",  # chat templates, which FLUX.2 cannot encode without
+)
 # FLUX.1's repositories repeat the transformer as one file at the root: 24 GB that nothing reads.
 
 
