@@ -76,7 +76,8 @@ class SingleStepScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc
 class PipelineField:
     """The network and the VAE of a pipeline; see `VelocityField`.
 
-    `call` is how it was recorded, `latent_shape` what `latents` of the pipeline are for one sample.
+    `call` is how it was recorded, `latent_shape` that of the loop's latent of one sample, of which
+    `argument` makes what the pipeline takes as `latents`.
     """
 
     pipeline: Any
@@ -84,6 +85,7 @@ class PipelineField:
     latent_shape: tuple[int, ...]
     decode: Decode
     samples: int
+    argument: Callable[[torch.Tensor], torch.Tensor] = lambda latent: latent
 
     @property
     def batch(self) -> int:
@@ -104,7 +106,8 @@ class PipelineField:
     def _velocity(self, prompt: Prompt, latent: Array, step: int) -> Array:
         scheduler = SingleStepScheduler.at(self.pipeline.scheduler, step)
         with scheduler_replaced(self.pipeline, scheduler):
-            self.pipeline(**self.call.arguments(prompt), latents=self._tensor(latent))
+            latents = self.argument(self._tensor(latent))
+            self.pipeline(**self.call.arguments(prompt), latents=latents)
         return as_array(scheduler.velocity).reshape(-1)
 
     def _tensor(self, latent: Array) -> torch.Tensor:

@@ -123,7 +123,7 @@ class PipelineCall:
     `guidance_argument` names the pipeline's argument for `guidance_scale` ("true_cfg_scale" in
     QwenImagePipeline). `options` are further arguments, such as `max_sequence_length`. `condition`
     turns a text into arguments; give one that returns embeddings where the pipeline has no text
-    encoders.
+    encoders. `image_tokens` is for the record, where mu depends on the steps (`SigmaGrid`).
     """
 
     steps: int
@@ -134,6 +134,7 @@ class PipelineCall:
     guidance_argument: str = "guidance_scale"
     options: Mapping[str, Any] = field(default_factory=dict)
     condition: Callable[[str], Mapping[str, Any]] = lambda text: {"prompt": text}
+    image_tokens: int | None = None
 
     def arguments(self, prompt: Prompt) -> dict[str, Any]:
         """The pipeline's keyword arguments for one sample, decoding left out.
@@ -187,8 +188,13 @@ class PipelineSampler:
         """
         with contextlib.suppress(_GridKnownError):
             self._run(prompt, probe := _GridProbe())
+        call = self._call
         grid = msgspec.structs.replace(
-            probe.grid, height=self._call.height, width=self._call.width, frames=self._call.frames
+            probe.grid,
+            height=call.height,
+            width=call.width,
+            frames=call.frames,
+            image_tokens=None if probe.grid.mu is None else call.image_tokens,
         )
         return Settings(
             grid=grid,

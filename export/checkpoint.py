@@ -9,13 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from meancache_trt.errors import ExportError
+from meancache_trt.errors import ExportError, RuntimeUnavailableError
 from meancache_trt.export.safetensors_file import StoredTensor, read_tensors
 
 _MODEL_WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers writes
 _ENCODER_WEIGHTS = "model.safetensors"  # what transformers writes
 
-_HUB_PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
+_HUB_PATTERNS = (
+    "model_index.json",
+    *("*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"),
+    "*/*.jinja",  # chat templates, which FLUX.2 cannot encode without
+)
 # FLUX.1's repositories repeat the transformer as one file at the root: 24 GB that nothing reads.
 
 
@@ -121,6 +125,26 @@ def check_tensors(
                 f"{component} tensor {name} is {_shape(stored[name].shape)} in "
                 f"{stored[name].file.name}; config.json asks for {_shape(shape)}; {hint}"
             )
+
+
+def check_libraries(source: Checkpoint) -> None:
+    """Raise `RuntimeUnavailableError` where a class of transformers lacks what it needs to run.
+
+    A stand-in then has its name, which diffusers takes for a damaged checkpoint.
+    """
+    import transformers  # noqa: PLC0415  needed where a pipeline is loaded, and nowhere else
+
+    for part, kind in source.index.items():
+        if not isinstance(kind, list) or kind[0] != "transformers":
+            continue
+        try:
+            getattr(getattr(transformers, kind[1], None), "from_pretrained", None)
+        except ImportError as error:
+            lacking = str(error).strip().split(" but it was not found")[0]
+            raise RuntimeUnavailableError(
+                f"{part} of {source.path} cannot be loaded: {lacking}, which is not installed; "
+                "install it as well"
+            ) from error
 
 
 def _check_names(problem: str, names: Collection[str], hint: str) -> None:

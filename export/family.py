@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from meancache_trt.errors import ExportError, InputError
 from meancache_trt.manifest import GridRule, Guidance, Resolution, Role, TensorRecord, Tiling
+from meancache_trt.meancache.sigmas import MuRule
 
 if TYPE_CHECKING:
     import torch
@@ -163,12 +164,14 @@ class Family:
     `guidance_argument` and `text_tokens_argument` are what the diffusers pipeline calls them.
     `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`; one is
     `text_tokens`, on which no other depends where text has a mask, so that hosts can shorten it by
-    that alone. `grid` and
+    that alone. `grid`, `mu` and
     `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
     pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
     it was reported that the network's activations exceed float16. `module_output` makes of the
     graph's velocity what the transformer's `forward` gives, where that has another sign or layout.
+    `latents_argument` makes of the loop's latent what the pipeline takes as `latents`, where that
+    has another layout.
     """
 
     name: str
@@ -194,6 +197,8 @@ class Family:
     tiling: Callable[[Configs], Tiling] | None = None
     text_graphs: tuple[TextGraph, ...] = ()
     module_output: Callable[[Any], Any] = lambda velocity: velocity
+    latents_argument: Callable[[Any, Resolution], Any] = lambda latent, _: latent
+    mu: MuRule = "line"
 
     def wrapper(self) -> Wrapper:
         """The module beside the spec that has its name and `_torch`, imported at the first call."""

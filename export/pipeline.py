@@ -230,6 +230,7 @@ def _exported(
         ),
         guidance=family.guidance(configs),
         grid=family.grid,
+        mu=family.mu,
         timestep_scale=family.timestep_scale,
         num_train_timesteps=int(configs["scheduler"].get("num_train_timesteps", 1000)),
         text_tokens=tokens,

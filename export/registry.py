@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from meancache_trt.errors import ExportError
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.flux import FLUX
+from meancache_trt.export.flux2 import FLUX2
 from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
 from meancache_trt.export.qwen_image import QWEN_IMAGE
 from meancache_trt.export.sd3 import SD3
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from meancache_trt.export.family import Family
 
 FAMILIES = MappingProxyType(
-    {family.name: family for family in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO, Z_IMAGE, SD3)}
+    {family.name: family for family in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO, Z_IMAGE, SD3, FLUX2)}
 )
 """Family name -> family."""
 

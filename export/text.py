@@ -10,7 +10,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from meancache_trt.errors import BundleError, ExportError, InputError, RuntimeUnavailableError
-from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.export.checkpoint import Checkpoint, check_libraries
 from meancache_trt.export.family import Family, Wrapper
 
 TextPrecision = Literal["float32", "checkpoint"]
@@ -75,6 +75,7 @@ class PromptEncoder:
         import diffusers  # noqa: PLC0415  rendering from ready embeddings must not need it
 
         source = Checkpoint(self._directory)
+        check_libraries(source)
         needed = {"scheduler", *self._family.text_components}
         others = {part for part, kind in source.index.items() if isinstance(kind, list)} - needed
         return getattr(diffusers, source.pipeline_class).from_pretrained(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import Timesteps
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 _MAX_PERIOD = 10000  # the default of diffusers' get_timestep_embedding, which Timesteps leaves
@@ -72,8 +72,20 @@ def exact_times(embedding: nn.Module) -> Iterator[Times]:
     def forward(*arguments: Any) -> Any:
         return original(*times.values, *arguments[len(times.values) :])
 
+    hooks = [
+        child.register_forward_pre_hook(_rounded)
+        for child in embedding.modules()
+        if isinstance(child, TimestepEmbedding)
+    ]
     embedding.forward = forward
     try:
         yield times
     finally:
         del embedding.forward
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounded(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Waves in the network's dtype: FLUX.2 leaves them in that of the timestep."""
+    return (arguments[0].to(module.linear_1.weight.dtype), *arguments[1:])

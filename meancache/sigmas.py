@@ -19,6 +19,7 @@ from meancache_trt.errors import ScheduleError
 
 Convention = Literal["linspace", "linspace_to_zero", "count", "custom"]
 TimeShift = Literal["exponential", "linear"]
+MuRule = Literal["line", "empirical"]
 
 SIGMA_TOLERANCE = 1e-6
 """Grids closer than this at every step are the same grid (float32 resolves 6e-8 at sigma 1)."""
@@ -41,7 +42,8 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     `sigmas` has T + 1 descending values, of which the last may repeat; `timesteps` has T, in the
     scheduler's units (sigma x `num_train_timesteps`). All are float32 values. `shift` is the static
     shift, `mu` the dynamic one; exactly one of them acts. `height`, `width` (pixels) and `frames`
-    are set where the grid depends on them or belongs to them.
+    are set where the grid depends on them or belongs to them, `image_tokens` where `mu` is the
+    `empirical_mu` of them, which is another with other steps.
     """
 
     steps: int
@@ -56,6 +58,7 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     height: int | None = None
     width: int | None = None
     frames: int | None = None
+    image_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_sigmas(self.sigmas, self.steps)
@@ -144,6 +147,7 @@ def make_grid(
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
+    image_tokens: int | None = None,
 ) -> SigmaGrid:
     """Make the grid that a diffusers pipeline would integrate over.
 
@@ -163,12 +167,16 @@ def make_grid(
         height: recorded in the grid, in pixels.
         width: recorded in the grid, in pixels.
         frames: recorded in the grid.
+        image_tokens: recorded in the grid, whose mu is then the `empirical_mu` of them instead of
+            `mu`.
 
     Raises:
         ScheduleError: where T < 1 or the values do not descend.
     """
     if steps < 1:
         raise ScheduleError(f"a grid has at least one step, found {steps}; give --steps 1 or more")
+    if image_tokens is not None:
+        mu = empirical_mu(image_tokens, steps)
     _check_shifts(shift, mu, time_shift_type, shift_terminal)
     if (convention == "custom") != (sigmas is not None):
         raise ScheduleError('pass `sigmas` with convention="custom", and only with it')
@@ -200,6 +208,7 @@ def make_grid(
         height=height,
         width=width,
         frames=frames,
+        image_tokens=image_tokens,
     )
 
 
@@ -215,6 +224,7 @@ def grid_from_config(
     steps: int,
     *,
     convention: Convention = "linspace",
+    mu_rule: MuRule = "line",
     image_tokens: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -223,8 +233,9 @@ def grid_from_config(
 ) -> SigmaGrid:
     """Make the grid of a pipeline from its `scheduler_config.json`.
 
-    `image_tokens` is the packed sequence length, which dynamic shifting depends on. Raises
-    `ScheduleError` for options that this project does not reproduce, such as Karras sigmas.
+    `image_tokens` is the packed sequence length, from which dynamic shifting takes its mu: by
+    `dynamic_mu` ("line") or by `empirical_mu`. Raises `ScheduleError` for options that this project
+    does not reproduce, such as Karras sigmas.
     """
     for option in _UNSUPPORTED:
         if config.get(option):
@@ -232,11 +243,14 @@ def grid_from_config(
                 f"the checkpoint's scheduler sets {option}; grids are reproduced for plain and "
                 "shifted flow matching only. Load the pipeline with that option off"
             )
-    mu = None
+    mu, tokens = None, None
     if config.get("use_dynamic_shifting"):
         if image_tokens is None:
             raise ScheduleError("dynamic shifting depends on the image size; give height and width")
-        mu = dynamic_mu(config, image_tokens)
+        if mu_rule == "line":
+            mu = dynamic_mu(config, image_tokens)
+        else:
+            tokens = image_tokens
     return make_grid(
         steps,
         convention=convention,
@@ -249,6 +263,7 @@ def grid_from_config(
         height=height,
         width=width,
         frames=frames,
+        image_tokens=tokens,
     )
 
 
@@ -258,6 +273,21 @@ def dynamic_mu(config: Mapping[str, Any], image_tokens: int) -> float:
     base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (top - base) / (high - low)
     return float(image_tokens * slope + (base - slope * low))
+
+
+def empirical_mu(image_tokens: int, steps: int) -> float:
+    """Shift for an image of `image_tokens` packed tokens in so many steps, as FLUX.2 has it.
+
+    Source: `compute_empirical_mu` of diffusers 0.42.1 and of Black Forest Labs' own sampling.py: a
+    line in the tokens for 10 steps, one for 200, and between them by the steps; above 4300 tokens
+    that for 200 alone.
+    """
+    at_200 = 0.00016927 * image_tokens + 0.45666666
+    if image_tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * image_tokens + 1.89833333
+    slope = (at_200 - at_10) / 190.0
+    return slope * steps + (at_200 - 200.0 * slope)
 
 
 def _counted(

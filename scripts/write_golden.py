@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from meancache_trt.manifest import TiledAxis, Tiling
 from meancache_trt.meancache.methods import METHODS
 from meancache_trt.meancache.noise import philox_normal
-from meancache_trt.meancache.sigmas import grid_from_config, make_grid
+from meancache_trt.meancache.sigmas import Convention, MuRule, grid_from_config, make_grid
 from meancache_trt.tiling import Level, decode_tiled, image_shape, levels
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
@@ -50,7 +50,7 @@ def noise_text() -> str:
 
 FLUX = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
 QWEN = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192}
-GRID_CASES: tuple[tuple[str, str, int, int, dict[str, Any]], ...] = (
+GRID_CASES: tuple[tuple[str, Convention, int, int, dict[str, Any]], ...] = (
     ("static shift", "linspace", 50, 64, {"shift": 3.0}),
     ("one step", "linspace", 1, 64, {"shift": 3.0}),
     ("FLUX.1-dev at 1024", "linspace", 28, 4096, FLUX),
@@ -61,18 +61,28 @@ GRID_CASES: tuple[tuple[str, str, int, int, dict[str, Any]], ...] = (
     ("a count alone", "count", 40, 1024, {"shift": 3.0}),
     ("a count, dynamic", "count", 30, 1024, FLUX),
 )
-"""Name, convention, steps, image tokens and scheduler configuration."""
+"""Name, convention, steps, image tokens and scheduler configuration; mu lies on a line."""
+
+# Steps and image tokens of FLUX.2, whose mu no longer depends on the steps above 4300 tokens.
+EMPIRICAL_CASES = ((50, 4096), (10, 4096), (28, 4300), (28, 4301), (50, 9216))
 
 
 def grids_text() -> str:
     """All of `grids.json`: what `grid_from_config` makes of each case."""
     cases = []
-    for name, convention, steps, tokens, config in GRID_CASES:
-        grid = grid_from_config(config, steps, convention=convention, image_tokens=tokens)
+    rules: list[tuple[MuRule, str, Convention, int, int, dict[str, Any]]] = [
+        *(("line", *case) for case in GRID_CASES),
+        *(("empirical", "FLUX.2", "linspace", *case, FLUX) for case in EMPIRICAL_CASES),
+    ]
+    for rule, name, convention, steps, tokens, config in rules:
+        grid = grid_from_config(
+            config, steps, convention=convention, mu_rule=rule, image_tokens=tokens
+        )
         cases.append(
             {
                 "name": name,
                 "convention": convention,
+                "mu": rule,
                 "steps": steps,
                 "image_tokens": tokens,
                 "config": config,

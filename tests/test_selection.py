@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.errors import BundleError, InputError, ScheduleError
@@ -15,6 +16,7 @@ from meancache_trt.manifest import Resolution
 from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.files import write_json
 from meancache_trt.meancache.schedule import Schedule, bake, save_schedule
+from meancache_trt.meancache.sigmas import make_grid
 from meancache_trt.measured import measure
 from meancache_trt.render import Pipeline
 from tests.test_resolutions import resolutions
@@ -125,6 +127,24 @@ def test_analytic_schedules_are_folded_for_each_resolution(pipeline: Pipeline) -
         expected = bake("official", grid, [0, 1, 4], [1, 1], name="mine")
         for wanted in ("mine", 3, None):
             assert pipeline.schedule(wanted, resolution=each) == expected
+
+
+def test_a_schedule_of_other_steps_is_folded_with_the_mu_of_its_own(
+    shared_bundle: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "empirical.mcb"
+    shutil.copytree(shared_bundle, path)
+    manifest = Bundle.open(path).manifest
+    scheduler = {**manifest.export.scheduler, "use_dynamic_shifting": True}
+    export = msgspec.structs.replace(manifest.export, scheduler=scheduler, mu="empirical")
+    write_json(path / MANIFEST, msgspec.structs.replace(manifest, export=export).sealed())
+    with Pipeline(Bundle.open(path)) as pipeline:
+        tokens = pipeline.resolution().symbols["image_tokens"]
+        for steps in (STEPS, 28):
+            own = make_grid(steps, mu=compute_empirical_mu(tokens, steps))
+            found = pipeline.schedule(bake("euler", make_grid(steps, mu=0.7), range(0, STEPS, 3)))
+            assert found.grid.sigmas == own.sigmas
+            assert found.weights == bake("euler", own, range(0, STEPS, 3)).weights
 
 
 def test_an_uncalibrated_schedule_never_stands_in_for_a_calibrated_one(pipeline: Pipeline) -> None:

@@ -1,7 +1,7 @@
 """Every step of a shorter grid of the same kind, as one runs a solver without skipping.
 
 So a diffusers user gets B evaluations: by asking the pipeline for B steps. The grid is made as the
-recorded one was, with the same shift, which pipelines take from the size and not from the steps.
+recorded one was, with the same shift; the grid knows where pipelines take that from the steps too.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def _made_as(grid: SigmaGrid, steps: int) -> SigmaGrid:
         height=grid.height,
         width=grid.width,
         frames=grid.frames,
+        image_tokens=grid.image_tokens,
     )
 
 

@@ -126,6 +126,7 @@ struct Exported {
   std::vector<Resolution> resolutions;  // at least one
   Guidance guidance;
   std::string grid;
+  std::string mu = "line";
   double timestep_scale = 1;
   std::int64_t text_tokens = 0;
   JsonValue scheduler;

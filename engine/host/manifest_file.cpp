@@ -222,6 +222,10 @@ Exported read_export(const Json& json) {
   if (const auto buckets = object.optional("text_buckets")) {
     list_of(*buckets, to_integer);  // the caller says which length it cut its conditioning to
   }
+  if (const auto rule = object.optional("mu")) {
+    const std::vector<std::string> rules = {"line", "empirical"};
+    exported.mu = rules[rule->choice(rules)];
+  }
   object.close();
   return exported;
 }

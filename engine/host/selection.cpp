@@ -26,6 +26,7 @@ class Selection {
     GridRequest request;
     request.steps = steps;
     request.convention = exported.grid;
+    request.mu_rule = exported.mu;
     const auto tokens = resolution_.symbols.find("image_tokens");
     if (tokens == resolution_.symbols.end()) {
       fail_bundle("the manifest gives no size for 'image_tokens'; build the bundle again");

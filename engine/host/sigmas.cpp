@@ -158,6 +158,19 @@ double dynamic_mu(const JsonValue& config, std::int64_t image_tokens) {
   return static_cast<double>(image_tokens) * slope + (base - slope * low);
 }
 
+// A line in the tokens for 10 steps, one for 200, and between them by the steps; above 4300 tokens
+// that for 200 alone.
+double empirical_mu(std::int64_t image_tokens, std::int64_t steps) {
+  const auto tokens = static_cast<double>(image_tokens);
+  const double at_200 = 0.00016927 * tokens + 0.45666666;
+  if (image_tokens > 4300) {
+    return at_200;
+  }
+  const double at_10 = 8.73809524e-05 * tokens + 1.89833333;
+  const double slope = (at_200 - at_10) / 190.0;
+  return slope * static_cast<double>(steps) + (at_200 - 200.0 * slope);
+}
+
 std::optional<std::int64_t> given(std::int64_t value) {
   return value == 0 ? std::nullopt : std::optional<std::int64_t>(value);
 }
@@ -177,8 +190,11 @@ SigmaGrid grid_from_config(const JsonValue& config, const GridRequest& request) 
   recipe.steps = request.steps;
   recipe.convention = request.convention;
   recipe.shift = number_of(config, "shift", 1.0);
-  if (is_set(config, "use_dynamic_shifting")) {
-    recipe.mu = dynamic_mu(config, request.image_tokens);
+  const bool is_dynamic = is_set(config, "use_dynamic_shifting");
+  const bool is_empirical = is_dynamic && request.mu_rule == "empirical";
+  if (is_dynamic) {
+    recipe.mu = is_empirical ? empirical_mu(request.image_tokens, request.steps)
+                             : dynamic_mu(config, request.image_tokens);
   }
   const JsonValue* form = config.find("time_shift_type");
   recipe.time_shift_type = form == nullptr ? "exponential" : Json(*form).text();
@@ -189,6 +205,9 @@ SigmaGrid grid_from_config(const JsonValue& config, const GridRequest& request) 
   grid.height = given(request.height);
   grid.width = given(request.width);
   grid.frames = request.frames;
+  if (is_empirical) {
+    grid.image_tokens = request.image_tokens;
+  }
   return grid;
 }
 
@@ -274,6 +293,7 @@ SigmaGrid read_grid(const Json& json) {
   grid.height = maybe(object.nullable("height"), to_integer);
   grid.width = maybe(object.nullable("width"), to_integer);
   grid.frames = maybe(object.nullable("frames"), to_integer);
+  grid.image_tokens = maybe(object.nullable("image_tokens"), to_integer);
   object.close();
   check_sigmas(grid.sigmas, grid.steps);
   if (grid.timesteps.size() != static_cast<std::size_t>(grid.steps)) {

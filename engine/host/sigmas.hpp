@@ -29,6 +29,7 @@ struct SigmaGrid {
   std::optional<std::int64_t> height;
   std::optional<std::int64_t> width;
   std::optional<std::int64_t> frames;
+  std::optional<std::int64_t> image_tokens;  // where mu is the empirical one of them
 
   // In words how `other` differs, or nothing where both are the same grid.
   std::optional<std::string> difference(const SigmaGrid& other) const;
@@ -50,6 +51,7 @@ struct GridRequest {
   std::int64_t height = 0;
   std::int64_t width = 0;
   std::optional<std::int64_t> frames;
+  std::string mu_rule = "line";  // or "empirical"
 };
 
 // The grid of a pipeline with this scheduler_config.json. Throws a schedule error for options that

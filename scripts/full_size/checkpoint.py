@@ -156,7 +156,8 @@ def _sampled(shapes: Shapes) -> set[str]:
 
 def _write_values(file: BinaryIO, name: str, shape: tuple[int, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
-    scale = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+    is_near_one = ("norm" in name and name.endswith("weight")) or name.endswith("running_var")
+    scale = 1.0 if is_near_one else 0.0
     remaining = _length(shape) // _BYTES
     while remaining:
         count = min(remaining, 1 << 24)

@@ -89,6 +89,35 @@ _QWEN3_4B: Config = {
     "tie_word_embeddings": True,
     "vocab_size": 151936,
 }
+_MISTRAL_3: Config = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "multimodal_projector_bias": False,
+    "spatial_merge_size": 2,
+    "text_config": {
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "max_position_embeddings": 131072,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "vocab_size": 131072,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {
+        "head_dim": 64,
+        "hidden_size": 1024,
+        "image_size": 1540,
+        "intermediate_size": 4096,
+        "model_type": "pixtral",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+    },
+}
 _LLAMA_8B: Config = {
     "architectures": ["LlamaModel"],
     "hidden_size": 4096,
@@ -227,6 +256,28 @@ _SD35_LARGE: Config = {
     "pos_embed_max_size": 192,
 }
 _SD3_VAE: Config = {**_FLUX_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+# Of FLUX.2-dev: the defaults of both classes.
+_FLUX2_DEV: Config = {
+    "_class_name": "Flux2Transformer2DModel",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [32, 32, 32, 32],
+    "guidance_embeds": True,
+    "in_channels": 128,
+    "joint_attention_dim": 15360,
+    "mlp_ratio": 3.0,
+    "num_attention_heads": 48,
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "rope_theta": 2000,
+    "timestep_guidance_channels": 256,
+}
+_FLUX2_VAE: Config = {
+    "_class_name": "AutoencoderKLFlux2",
+    "batch_norm_eps": 1e-4,
+    "block_out_channels": [128, 256, 512, 512],
+    "latent_channels": 32,
+    "sample_size": 1024,
+}
 _SCHEDULER: Config = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
@@ -317,4 +368,12 @@ MODELS: Mapping[str, FullSize] = {
             "SD3.5-large": _SD35_LARGE,
         }.items()
     },
+    "FLUX.2-dev": FullSize(
+        pipeline="Flux2Pipeline",
+        transformer=_FLUX2_DEV,
+        vae=_FLUX2_VAE,
+        scheduler={**_SCHEDULER, "shift": 3.0, "use_dynamic_shifting": True},
+        encoders={"text_encoder": _MISTRAL_3},
+        size={"height": 1024, "width": 1024},
+    ),
 }

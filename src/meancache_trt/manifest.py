@@ -13,6 +13,7 @@ import msgspec
 
 from meancache_trt.errors import BundleError, InputError
 from meancache_trt.meancache.schedule import check_guidance_scale
+from meancache_trt.meancache.sigmas import MuRule
 from meancache_trt.shapes import ONE, PictureSize, Range, Ranges
 
 Role = Literal[
@@ -248,7 +249,9 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the first is the default. `batch` is for those who prepare plans: the sizes of a session that
     are meant, not a limit, since ONNX Runtime has none. `text_buckets` are the lengths to which
     hosts may cut conditioning and mask, ascending, the last of them `text_tokens`; empty where
-    nothing is ever cut, as in families without a text mask.
+    nothing is ever cut, as in families without a text mask. `mu` says how a dynamic shift follows
+    from the size: on a "line" through two points of the scheduler's configuration, or "empirical",
+    as FLUX.2 has it, from T too.
     """
 
     family: str
@@ -267,6 +270,7 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tiling: Tiling | None = None
     batch: Range = ONE
     text_buckets: tuple[int, ...] = ()
+    mu: MuRule = "line"
 
     @property
     def resolution(self) -> Resolution:

@@ -13,7 +13,7 @@ from meancache_trt.calibration.baking import check_budgets
 from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
 from meancache_trt.calibration.velocity_field import BATCH_VALUES, VelocityField
 from meancache_trt.errors import InputError
-from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.export.checkpoint import Checkpoint, check_libraries
 from meancache_trt.export.family import (
     Configs,
     Family,
@@ -24,7 +24,7 @@ from meancache_trt.export.family import (
 )
 from meancache_trt.export.pipeline import identify
 from meancache_trt.export.registry import detect
-from meancache_trt.manifest import check_guidance
+from meancache_trt.manifest import Resolution, check_guidance
 from meancache_trt.meancache.schedule import ModelReference, check_guidance_scale
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Recorder:
             PipelineField,
         )
 
-        size = resolution(self._family, self._configs, self._size)
+        size = self._resolution
         wrapper, vae = self._family.wrapper(), self.pipeline.vae
         if self._family.tiling is not None and math.prod(size.latent_shape) > BATCH_VALUES:
             vae.enable_tiling()  # a whole large video would not fit in memory
@@ -156,8 +156,12 @@ class Recorder:
             shaped = latent.reshape(1, *size.decode_shape)
             return wrapper.reference_image(vae, shaped, size.symbols)
 
+        def argument(latent: torch.Tensor) -> torch.Tensor:
+            given: torch.Tensor = self._family.latents_argument(latent, size)
+            return given
+
         return PipelineField(
-            self.pipeline, self.call, tuple(size.latent_shape), decode, len(trajectories)
+            self.pipeline, self.call, tuple(size.latent_shape), decode, len(trajectories), argument
         )
 
     @cached_property
@@ -167,11 +171,20 @@ class Recorder:
             load_pipeline,
         )
 
+        check_libraries(self._checkpoint)
         return load_pipeline(self._checkpoint.path)
 
     @cached_property
     def _text_tokens(self) -> int:
         return self._options.text_tokens or self._family.default_text_tokens(self._configs)
+
+    @property
+    def _mu_tokens(self) -> int | None:
+        return None if self._family.mu == "line" else self._resolution.symbols["image_tokens"]
+
+    @property
+    def _resolution(self) -> Resolution:
+        return resolution(self._family, self._configs, self._size)
 
     @property
     def _size(self) -> Size:
@@ -198,6 +211,7 @@ class Recorder:
             guidance_scale=self._guidance_scale,
             guidance_argument=self._family.guidance_argument,
             options=_call_options(self._family, self._configs, self._text_tokens),
+            image_tokens=self._mu_tokens,
         )
 
     @property

@@ -22,6 +22,7 @@ def pipeline_grid(export: Exported, steps: int, resolution: Resolution) -> Sigma
         export.scheduler,
         steps,
         convention=export.grid,
+        mu_rule=export.mu,
         image_tokens=resolution.symbols["image_tokens"],
         height=resolution.height,
         width=resolution.width,

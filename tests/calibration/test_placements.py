@@ -88,6 +88,7 @@ def test_even_nodes_differ_by_at_most_one_step(steps: int, data: st.DataObject) 
 GRIDS: list[dict[str, Any]] = [
     {"shift": 3.0},
     {"mu": 0.9},
+    {"image_tokens": 1024},
     {"mu": 0.9, "time_shift_type": "linear", "shift_terminal": 0.02},
     {"convention": "linspace_to_zero", "shift": 7.0, "frames": 9},
     {"convention": "count", "shift": 3.0, "num_train_timesteps": 500},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import Flux2Pipeline, FluxPipeline
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.engine_transformer import EngineTransformer
@@ -93,12 +93,25 @@ def sd3_call(batch: int, rows: int, columns: int, text: int) -> dict[str, Any]:
     }
 
 
+def flux2_call(batch: int, rows: int, columns: int, text: int) -> dict[str, Any]:
+    features = random(batch, text, 48, seed=1)
+    return {
+        "hidden_states": random(batch, rows * columns, 16),
+        "encoder_hidden_states": features,
+        "timestep": torch.linspace(0.3, 0.9, batch),
+        "guidance": torch.full([1], 3.5).expand(batch),
+        "img_ids": Flux2Pipeline._prepare_latent_ids(torch.empty(batch, 1, rows, columns)),
+        "txt_ids": Flux2Pipeline._prepare_text_ids(features),
+    }
+
+
 CALLS: dict[str, Callable[[int, int, int, int], dict[str, Any]]] = {
     "flux": flux_call,
     "qwen": qwen_call,
     "hunyuan": hunyuan_call,
     "z_image": z_image_call,
     "sd3": sd3_call,
+    "flux2": flux2_call,
 }
 
 

@@ -83,6 +83,7 @@ def test_tables_of_the_pipelines_positions_are_the_prepare_graphs_bit_for_bit(
         "hunyuan": (2, 4, 3, 8, 12),
         "z_image": (1, 4, 8, 12),
         "sd3": (1, 16, 8, 12),
+        "flux2": (2, 16, 4, 6),
     }
     given = {
         "noise": random(*noise[family]),

@@ -53,6 +53,7 @@ Z_IMAGE = {
     "max_sequence_length": 64,
 }
 SD3 = {**QWEN, "max_sequence_length": tiny_flux.TEXT_TOKENS, "guidance_scale": 4.0}
+FLUX2 = {**FLUX, "prompt": ["a red dog", "two cats, at night"]}
 RUNS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "flux": ("flux", None, FLUX),
     "flux true guidance": ("flux", None, {**FLUX, "negative_prompt": "b", "true_cfg_scale": 2.0}),
@@ -100,6 +101,13 @@ RUNS: dict[str, tuple[str, Any, dict[str, Any]]] = {
         StableDiffusion3Img2ImgPipeline,
         {**SD3, "image": picture(), "strength": 0.7},
     ),
+    "flux2": ("flux2", None, FLUX2),
+    "flux2 looking at two pictures": (
+        "flux2",
+        None,
+        # of 64 pixels a side at least, or Flux2Pipeline refuses them
+        {**FLUX2, "image": [picture().resize((96, 64)), half().convert("RGB").resize((64, 64))]},
+    ),
 }
 
 
@@ -145,7 +153,7 @@ def test_a_pipeline_ends_where_it_does_with_its_own_transformer(
     torch.testing.assert_close(found, expected, rtol=0, atol=LATENT_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen", "hunyuan", "z_image", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "hunyuan", "z_image", "sd3", "flux2"])
 def test_a_schedule_evaluates_the_engine_at_its_nodes_alone(
     name: str, request: pytest.FixtureRequest
 ) -> None:

@@ -150,6 +150,7 @@ def test_hub_download_leaves_out_the_repeated_root_file(
 
     assert is_fetched("transformer/diffusion_pytorch_model-00001-of-00003.safetensors")
     assert is_fetched("tokenizer_2/spiece.model")
+    assert is_fetched("tokenizer/chat_template.jinja")
     assert not is_fetched("flux1-dev.safetensors")
 
 

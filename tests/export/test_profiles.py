@@ -11,6 +11,7 @@ import pytest
 from meancache_trt.errors import InputError
 from meancache_trt.export.family import Configs, Family, Signature, Size, resolution
 from meancache_trt.export.flux import FLUX
+from meancache_trt.export.flux2 import FLUX2
 from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
 from meancache_trt.export.profiles import ShapeRange, profile
 from meancache_trt.export.qwen_image import QWEN_IMAGE
@@ -20,7 +21,7 @@ from meancache_trt.export.z_image import Z_IMAGE
 from meancache_trt.manifest import Component, batch_symbols
 from meancache_trt.shapes import PictureSize, Range, Ranges, text_buckets
 from meancache_trt.tiling import levels, pieces
-from tests.export import test_hunyuan_video, test_sd3, test_z_image
+from tests.export import test_flux2, test_hunyuan_video, test_sd3, test_z_image
 
 # black-forest-labs/FLUX.1-dev and Qwen/Qwen-Image, without what is unused
 FLUX_DEV: Configs = {
@@ -49,6 +50,7 @@ CASES: dict[str, tuple[Family, Configs, tuple[str, ...], int]] = {
     "z_image": (Z_IMAGE, test_z_image.PUBLISHED, ("1024x1024", "1296x720"), 512),
     "hunyuan_video": (HUNYUAN_VIDEO, HUNYUAN, ("1280x720x129", "544x960x61"), 256),
     "sd3": (SD3, test_sd3.MEDIUM, ("1024x1024", "1440x768"), 256),
+    "flux2": (FLUX2, test_flux2.DEV, ("1024x1024", "1360x768"), 512),
 }
 
 

@@ -11,15 +11,18 @@ from torch import nn
 
 from meancache_trt.export.family import Configs, Family, Wrapper
 from meancache_trt.export.flux import FLUX
+from meancache_trt.export.flux2 import FLUX2
 from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
 from meancache_trt.export.qwen_image import QWEN_IMAGE
 from meancache_trt.export.sd3 import SD3
 from meancache_trt.manifest import Tiling
 from meancache_trt.tiling import Array, decode_tiled, levels
 from tests.export.test_flux import DEV
+from tests.export.test_flux2 import DEV as FLUX2_DEV
 from tests.export.test_hunyuan_video import PUBLISHED
 from tests.export.test_sd3 import MEDIUM
 from tests.export.tiny_flux import tiny_vae as tiny_flux_vae
+from tests.export.tiny_flux2 import tiny_vae as tiny_flux2_vae
 from tests.export.tiny_qwen_image import tiny_vae as tiny_qwen_vae
 
 # Qwen/Qwen-Image, vae/config.json, without what is unused
@@ -46,6 +49,7 @@ def test_published_hunyuan_video_decodes_17_frames_of_256_pixels_at_a_time() -> 
         (FLUX, {**DEV, "vae": {**DEV["vae"], "sample_size": 1024}}, 64, 48, 256),
         (QWEN_IMAGE, QWEN, 16, 12, 64),
         (SD3, MEDIUM, 128, 96, 256),
+        (FLUX2, FLUX2_DEV, 64, 48, 256),
     ],
 )
 def test_published_picture_models_have_tiles_of_whole_tokens(
@@ -98,6 +102,7 @@ def vivid(vae: Any) -> Any:
         (QWEN_IMAGE, vivid(tiny_qwen_vae()), 33, 8),
         (QWEN_IMAGE, vivid(tiny_qwen_vae()), 25, 35),
         (SD3, vivid(tiny_flux_vae(16)), 7, 5),
+        (FLUX2, vivid(tiny_flux2_vae(sample_size=32)), 7, 5),
     ],
 )
 def test_pictures_are_what_diffusers_decodes_in_tiles(
@@ -109,6 +114,7 @@ def test_pictures_are_what_diffusers_decodes_in_tiles(
     shape = (1, rows, columns, 16) if is_packed else (1, 16, 2 * rows, 2 * columns)
     grid = 2 * torch.randn(shape, generator=generator)
     sizes = {"height": 8 * rows, "width": 8 * columns, "latent_height": 2 * rows}
+    sizes |= {"latent_rows": rows, "latent_columns": columns, "text_tokens": 1}
     with torch.inference_mode():
         whole = family.wrapper().reference_image(vae, grid, sizes).numpy()
         vae.enable_tiling()

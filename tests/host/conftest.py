@@ -23,8 +23,9 @@ from meancache_trt.engine.native import NativeLibrary
 from meancache_trt.meancache.schedule import bake
 from meancache_trt.render import Pipeline
 from tests.conftest import OFFICIAL, STEPS
-from tests.export import tiny_z_image
+from tests.export import tiny_flux2, tiny_z_image
 
+TINY = {"z_image": tiny_z_image.tiny_pipeline, "flux2": tiny_flux2.tiny_pipeline}
 PROMPT, NEGATIVE = "a small red circle at the top left", "a blue square"
 
 
@@ -91,11 +92,11 @@ class Subject:
         return self.conditioning.tensors
 
 
-@pytest.fixture(scope="session", params=["flux", "qwen_image", "hunyuan_video", "z_image"])
+@pytest.fixture(scope="session", params=["flux", "qwen_image", "hunyuan_video", "z_image", "flux2"])
 def subject(
     request: pytest.FixtureRequest, shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Subject:
-    """Each of the three stand-ins: an image, true CFG, and a video; and tables of each sample."""
+    """The three stand-ins: an image, true CFG, and a video; tables of each sample; another mu."""
     if request.param == "flux":
         return _subject(shared_bundle)
     base = tmp_path_factory.getbasetemp()
@@ -122,9 +123,9 @@ def _subject(bundle: Path) -> Subject:
 
 def _model(name: str, folder: Path) -> str:
     """The stand-in, or of a family that has none a tiny random pipeline."""
-    if name != "z_image":
+    if name not in TINY:
         return f"standin/{name}"
-    tiny_z_image.tiny_pipeline().save_pretrained(folder)
+    TINY[name]().save_pretrained(folder)
     return str(folder)
 
 
@@ -132,8 +133,9 @@ def _export(name: str, path: Path) -> None:
     checkpoint = stages.find_model(_model(name, path.with_suffix("")))
     # What is compared here are two hosts on one set of graphs, which other tests compare with
     # diffusers.
+    side = 64 if name == "flux2" else None  # by default 512, too large for a test
     options = stages.ExportOptions(
-        size=stages.picture_size(checkpoint, None, None), is_parity_checked=False
+        size=stages.picture_size(checkpoint, side, side), is_parity_checked=False
     )
     bundle = stages.export(checkpoint, path, options, note=lambda _: None, is_forced=False)
     with Pipeline(bundle) as pipeline:

@@ -55,6 +55,7 @@ DAMAGES: dict[str, Edit] = {
     "a text for a number": lambda path: edit_manifest(path, '"height": 64', '"height": "64"'),
     "a number for a text": lambda path: edit_manifest(path, '"family": "flux"', '"family": 3'),
     "an unknown role": lambda path: edit_manifest(path, '"role": "noise"', '"role": "hiss"'),
+    "an unknown rule of mu": lambda path: edit_manifest(path, '"mu": "line"', '"mu": "curve"'),
     "a foreign schema": lambda path: edit_manifest(path, "bundle/1", "bundle/2"),
     "no resolutions": lambda path: edit_manifest(
         path, '"resolutions": [', '"resolutions": [], "before": ['

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from meancache_trt.bundle import Bundle
+from meancache_trt.bundle import MANIFEST, Bundle
 from meancache_trt.engine.native import NativeBundle, NativeLibrary, NativeSession
 from meancache_trt.errors import (
     InputError,
@@ -18,6 +18,8 @@ from meancache_trt.errors import (
     RenderError,
     RuntimeUnavailableError,
 )
+from meancache_trt.meancache.evidence import Evidence
+from meancache_trt.meancache.files import write_json
 from meancache_trt.meancache.schedule import Schedule, bake, save_schedule
 from meancache_trt.meancache.sigmas import make_grid
 from meancache_trt.render import Pipeline
@@ -289,6 +291,27 @@ def test_analytic_schedules_of_another_grid_are_folded_again(
         session.set_conditioning(flux.tensors)
         found = session.run(seeds=[3])[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)  # as in test_parity
+
+
+def test_a_mu_that_depends_on_the_steps_is_that_of_the_python_host(
+    bundle: Path, library: NativeLibrary, tmp_path: Path
+) -> None:
+    manifest = Bundle.open(bundle).manifest
+    scheduler = {**manifest.export.scheduler, "use_dynamic_shifting": True}
+    export = msgspec.structs.replace(manifest.export, scheduler=scheduler, mu="empirical")
+    write_json(bundle / MANIFEST, msgspec.structs.replace(manifest, export=export).sealed())
+    evidence, fit = Evidence(samples=1, seconds=1.0), tmp_path / "fit.json"
+    with (
+        Pipeline(Bundle.open(bundle), threads=1) as pipeline,
+        NativeBundle(bundle, library=library) as opened,
+    ):
+        own = pipeline.grid(12)
+        save_schedule(bake("euler", own, (0, 4), name="fit", calibration=evidence), fit)
+        with opened.session(str(fit)) as session:  # refused where the grid were another
+            assert session.info["schedule"] == "fit"
+        wrong = make_grid(12, mu=pipeline.grid(13).mu)
+        save_schedule(bake("euler", wrong, (0, 4), name="fit", calibration=evidence), fit)
+        assert_same_error(lambda: pipeline.schedule(fit), lambda: opened.session(str(fit)))
 
 
 def test_the_largest_calibrated_schedule_is_the_default(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from hypothesis import given, settings
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.sigmas import (
+    MuRule,
     SigmaGrid,
     check_sigmas,
     dynamic_mu,
+    empirical_mu,
     grid_from_config,
     make_grid,
 )
@@ -149,6 +152,32 @@ def test_config_of_a_resolution_dependent_model(size: tuple[int, int]) -> None:
 def test_mu_equals_the_pipelines_own() -> None:
     for tokens in (16, 256, 1024, 4096, 9216):
         assert dynamic_mu({}, tokens) == calculate_shift(tokens)
+
+
+@quick
+@given(tokens=st.integers(1, 20_000), steps=st.integers(1, 300))
+@example(tokens=4300, steps=28)
+@example(tokens=4301, steps=28)
+def test_empirical_mu_equals_flux2s_own(tokens: int, steps: int) -> None:
+    assert empirical_mu(tokens, steps) == compute_empirical_mu(tokens, steps)
+
+
+@quick
+@given(steps=STEPS, tokens=st.sampled_from([16, 1024, 4096, 4300, 4301, 9216]))
+def test_grid_whose_mu_depends_on_the_steps(steps: int, tokens: int) -> None:
+    config = {"use_dynamic_shifting": True, "shift": 3.0}
+    grid = grid_from_config(config, steps, mu_rule="empirical", image_tokens=tokens)
+    assert grid.image_tokens == tokens
+    sigmas, mu = np.linspace(1.0, 1 / steps, steps), compute_empirical_mu(tokens, steps)
+    assert_equals_diffusers(grid, config, sigmas=sigmas, mu=mu)
+
+
+def test_a_static_shift_leaves_either_rule_of_mu_without_effect() -> None:
+    grids = [
+        grid_from_config({"shift": 3.0}, 8, mu_rule=rule, image_tokens=64)
+        for rule in get_args(MuRule)
+    ]
+    assert grids == [make_grid(8, shift=3.0)] * 2
 
 
 def test_config_of_a_static_model_needs_no_size() -> None:

@@ -27,6 +27,7 @@ void grids_have_the_bits_of_the_golden_file(const JsonValue& root) {
     mct::GridRequest request;
     request.steps = object.required("steps").integer();
     request.convention = object.required("convention").text();
+    request.mu_rule = object.required("mu").text();
     request.image_tokens = object.required("image_tokens").integer();
     const mct::SigmaGrid grid = mct::grid_from_config(object.required("config").value(), request);
     expect(grid.sigmas == list_of(object.required("sigmas"), mct::to_number), name + ": sigmas");
