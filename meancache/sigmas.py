@@ -1,5 +1,6 @@
-"""Sigma grids, equal to those of diffusers' `FlowMatchEulerDiscreteScheduler` to the last bit.
+"""Sigma grids, equal to those of diffusers' flow-matching schedulers to the last bit.
 
+`FlowMatchEulerDiscreteScheduler` and, with `use_flow_sigmas`, `UniPCMultistepScheduler`.
 Integration runs from sigma 1 (noise) to sigma 0 (image). Element types below follow diffusers
 step by step, because a grid that differs in its last bit is another grid: pipelines that hand
 over sigmas are shifted in float32, pipelines that hand over a count only are shifted in float64.
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from meancache_trt.errors import ScheduleError
 
-Convention = Literal["linspace", "linspace_to_zero", "count", "custom"]
+Convention = Literal["linspace", "linspace_to_zero", "count", "flow_sigmas", "custom"]
 TimeShift = Literal["exponential", "linear"]
 
 SIGMA_TOLERANCE = 1e-6
@@ -25,6 +26,11 @@ SIGMA_TOLERANCE = 1e-6
 
 LARGEST_MU = 80.0
 """exp(mu) stays a float32 below this; published models have mu below 2."""
+
+FLOW_SIGMAS_SCHEDULER = "UniPCMultistepScheduler"
+"""Whose `use_flow_sigmas` means the convention "flow_sigmas"."""
+
+_BELOW_ONE = 1e-6  # UniPCMultistepScheduler.set_timesteps, because λ has to be finite
 
 _UNSUPPORTED = (
     "invert_sigmas",
@@ -39,9 +45,10 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The T steps that a model's full integration takes, and how they were made.
 
     `sigmas` has T + 1 descending values, of which the last may repeat; `timesteps` has T, in the
-    scheduler's units (sigma x `num_train_timesteps`). All are float32 values. `shift` is the static
-    shift, `mu` the dynamic one; exactly one of them acts. `height`, `width` (pixels) and `frames`
-    are set where the grid depends on them or belongs to them.
+    scheduler's units (sigma x `num_train_timesteps`, whole numbers in "flow_sigmas"). All are
+    float32 values. `shift` is the static shift, `mu` the dynamic one; exactly one of them acts.
+    `height`, `width` (pixels) and `frames` are set where the grid depends on them or belongs to
+    them.
     """
 
     steps: int
@@ -152,7 +159,8 @@ def make_grid(
         convention: what the pipeline hands to `set_timesteps`: "linspace" is
             `linspace(1, 1/T, T)` (FLUX, Qwen-Image), "linspace_to_zero" is `linspace(1, 0, T + 1)`
             without the 0 (HunyuanVideo; it rounds otherwise), "count" is the number alone (SD3,
-            Wan, Z-Image), "custom" is `sigmas`.
+            Z-Image), "flow_sigmas" is that number for a UniPCMultistepScheduler (Wan), "custom" is
+            `sigmas`.
         shift: static shift, s·σ / (1 + (s − 1)·σ); ignored where `mu` is given.
         mu: dynamic, resolution-dependent shift; see `dynamic_mu`.
         time_shift_type: form of the dynamic shift.
@@ -177,6 +185,8 @@ def make_grid(
     if convention == "count":
         training_shift = shift if mu is None else 1.0
         raw = _counted(steps, training_shift, sigma_min, num_train_timesteps)
+    elif convention == "flow_sigmas":
+        raw = np.linspace(1, 1 / num_train_timesteps, steps + 1)[:-1]
     else:
         given = pipeline_sigmas(convention, steps) if sigmas is None else np.array(sigmas)
         raw = given.astype(np.float32)
@@ -185,8 +195,12 @@ def make_grid(
     )
     if shift_terminal:
         shifted = _stretch(shifted, shift_terminal)
+    if convention == "flow_sigmas":
+        shifted[0] -= _BELOW_ONE if abs(shifted[0] - 1) < _BELOW_ONE else 0
+        timesteps = np.trunc(shifted * num_train_timesteps).astype(np.float32)
+    else:
+        timesteps = shifted.astype(np.float32) * np.float32(num_train_timesteps)
     values = shifted.astype(np.float32)
-    timesteps = values * np.float32(num_train_timesteps)
     return SigmaGrid(
         steps=steps,
         sigmas=(*values.tolist(), 0.0),
@@ -223,7 +237,8 @@ def grid_from_config(
 ) -> SigmaGrid:
     """Make the grid of a pipeline from its `scheduler_config.json`.
 
-    `image_tokens` is the packed sequence length, which dynamic shifting depends on. Raises
+    `image_tokens` is the packed sequence length, which dynamic shifting depends on. Where the
+    scheduler is a UniPCMultistepScheduler, a `convention` of "count" becomes "flow_sigmas". Raises
     `ScheduleError` for options that this project does not reproduce, such as Karras sigmas.
     """
     for option in _UNSUPPORTED:
@@ -237,10 +252,13 @@ def grid_from_config(
         if image_tokens is None:
             raise ScheduleError("dynamic shifting depends on the image size; give height and width")
         mu = dynamic_mu(config, image_tokens)
+    has_flow_sigmas = config.get("_class_name") == FLOW_SIGMAS_SCHEDULER
+    if has_flow_sigmas:
+        check_flow_sigmas(config, convention)
     return make_grid(
         steps,
-        convention=convention,
-        shift=config.get("shift", 1.0),
+        convention="flow_sigmas" if has_flow_sigmas else convention,
+        shift=config.get("flow_shift" if has_flow_sigmas else "shift", 1.0),
         mu=mu,
         time_shift_type=config.get("time_shift_type", "exponential"),
         shift_terminal=config.get("shift_terminal"),
@@ -250,6 +268,28 @@ def grid_from_config(
         width=width,
         frames=frames,
     )
+
+
+def check_flow_sigmas(config: Mapping[str, Any], convention: Convention = "count") -> None:
+    """Raise `ScheduleError` unless a UniPCMultistepScheduler's configuration has flow sigmas.
+
+    They end at 0, and are made of the number of steps alone.
+    """
+    expected = {
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+        "final_sigmas_type": "zero",
+        **dict.fromkeys(_UNSUPPORTED, False),
+    }
+    found = {**expected, "use_flow_sigmas": None, "prediction_type": None, **config}
+    wrong = [f"{key} {found[key]!r}" for key in expected if found[key] != expected[key]]
+    if wrong or convention != "count":
+        raise ScheduleError(
+            f"expected a {FLOW_SIGMAS_SCHEDULER} of flow matching, as Wan's, in a pipeline that "
+            "gives it the number of steps alone (use_flow_sigmas, prediction_type flow_prediction, "
+            f"final_sigmas_type zero), found {', '.join(wrong) or 'one that is given sigmas'}; "
+            "give the pipeline a FlowMatchEulerDiscreteScheduler"
+        )
 
 
 def dynamic_mu(config: Mapping[str, Any], image_tokens: int) -> float:

@@ -21,7 +21,8 @@ from diffusers import (
 )
 
 from meancache_trt.errors import InputError, MeanCacheError, ScheduleError
-from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler, stock_grid
+from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
+from meancache_trt.meancache.euler_scheduler import stock_grid
 from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.schedule import Schedule, bake, save_schedule
 from meancache_trt.meancache.sigmas import make_grid

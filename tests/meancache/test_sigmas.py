@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,6 +124,58 @@ def test_custom_sigmas(thousandths: list[int], shift: float) -> None:
     sigmas = [value / 1000 for value in sorted(thousandths, reverse=True)]
     grid = make_grid(len(sigmas), convention="custom", sigmas=sigmas, shift=shift)
     assert_equals_diffusers(grid, {"shift": shift}, sigmas=sigmas)
+
+
+WAN = {
+    "_class_name": "UniPCMultistepScheduler",
+    "use_flow_sigmas": True,
+    "prediction_type": "flow_prediction",
+}
+
+
+@quick
+@given(steps=STEPS, shift=SHIFTS, terminal=st.none() | st.floats(0.001, 0.3))
+def test_flow_sigmas_are_those_of_unipc(steps: int, shift: float, terminal: float | None) -> None:
+    options = {**WAN, "flow_shift": shift, "shift_terminal": terminal}
+    grid = grid_from_config(options, steps, convention="count")
+    options.pop("_class_name")
+    scheduler = UniPCMultistepScheduler(**options)
+    scheduler.set_timesteps(steps)
+    assert grid.convention == "flow_sigmas"
+    assert grid.shift == shift
+    np.testing.assert_array_equal(np.asarray(grid.sigmas, np.float32), scheduler.sigmas.numpy())
+    assert list(grid.timesteps) == scheduler.timesteps.tolist()
+
+
+@quick
+@given(steps=STEPS, mu=MUS, form=st.sampled_from(["exponential", "linear"]))
+def test_flow_sigmas_of_a_dynamic_shift(steps: int, mu: float, form: Any) -> None:
+    scheduler = UniPCMultistepScheduler(
+        use_flow_sigmas=True, use_dynamic_shifting=True, time_shift_type=form
+    )
+    scheduler.set_timesteps(steps, mu=mu)
+    grid = make_grid(steps, convention="flow_sigmas", mu=mu, time_shift_type=form)
+    np.testing.assert_array_equal(np.asarray(grid.sigmas, np.float32), scheduler.sigmas.numpy())
+    assert list(grid.timesteps) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_flow_sigmas": False}, "found use_flow_sigmas False"),
+        ({"prediction_type": "epsilon"}, "found prediction_type 'epsilon'"),
+        ({"final_sigmas_type": "sigma_min"}, "found final_sigmas_type 'sigma_min'"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
+    ],
+)
+def test_another_unipc_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        grid_from_config({**WAN, **options}, 10, convention="count")
+
+
+def test_unipc_in_a_pipeline_that_hands_over_sigmas_is_refused() -> None:
+    with pytest.raises(ScheduleError, match="found one that is given sigmas"):
+        grid_from_config(WAN, 10, convention="linspace")
 
 
 @pytest.mark.parametrize("convention", ["linspace", "linspace_to_zero", "count"])
