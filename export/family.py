@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from meancache_trt.errors import ExportError, InputError
 from meancache_trt.manifest import GridRule, Guidance, Resolution, Role, TensorRecord, Tiling
@@ -124,16 +125,13 @@ class Wrapper(Protocol):
         self, vae: torch.nn.Module, latent: torch.Tensor, symbols: Mapping[str, int]
     ) -> torch.Tensor: ...
 
-    def load_text_pipeline(self, directory: str, dtype: Any) -> Any:
-        """The diffusers pipeline of a folder, with its text encoders alone.
-
-        `dtype` is torch's, or diffusers' mapping by component, such as {"default": "auto"}.
-        """
-
     def encode_prompts(
         self, pipeline: Any, prompts: Sequence[str], text_tokens: int
     ) -> dict[str, torch.Tensor]:
-        """Conditioning tensors by transformer input name, batch first."""
+        """Conditioning tensors by transformer input name, batch first.
+
+        `pipeline` is diffusers', with its text encoders alone.
+        """
 
     POSITION_ARGUMENTS: tuple[str, ...]
     """Arguments of the diffusers transformer's `forward` that only say where tokens are."""
@@ -190,13 +188,16 @@ class Family:
     default_side: Callable[[Configs], int]
     symbols: Callable[[Configs, Size], dict[str, int]]
     signatures: Callable[[Configs], Signatures]
-    wrapper: Callable[[], Wrapper]
     frames: Callable[[Configs], FrameRule] | None = None
     longest_text_tokens: int | None = None
     float16_overflow: str | None = None
     tiling: Callable[[Configs], Tiling] | None = None
     text_graphs: tuple[TextGraph, ...] = ()
     module_output: Callable[[Any], Any] = lambda velocity: velocity
+
+    def wrapper(self) -> Wrapper:
+        """The module beside the spec that has its name and `_torch`, imported at the first call."""
+        return cast("Wrapper", import_module(f"meancache_trt.export.{self.name}_torch"))
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

@@ -11,11 +11,11 @@ from meancache_trt.export.family import (
     Signatures,
     Size,
     TextGraph,
-    Wrapper,
     float32,
     setting,
 )
 from meancache_trt.export.packing import PACK
+from meancache_trt.export.signatures import Axes, Text, grid_symbols, packed, signatures
 from meancache_trt.manifest import Guidance, TensorRecord, Tiling
 
 AXIS_POSITIONS = 512
@@ -47,17 +47,7 @@ def _default_side(configs: Configs) -> int:
 
 
 def _symbols(configs: Configs, size: Size) -> dict[str, int]:
-    rows, columns = (pixels // _multiple(configs) for pixels in (size.height, size.width))
-    return {
-        "height": size.height,
-        "width": size.width,
-        "latent_height": PACK * rows,
-        "latent_width": PACK * columns,
-        "latent_rows": rows,
-        "latent_columns": columns,
-        "image_tokens": rows * columns,
-        "text_tokens": size.text_tokens,
-    }
+    return grid_symbols(size, unit=_multiple(configs))
 
 
 def _guidance(configs: Configs) -> Guidance:
@@ -85,57 +75,23 @@ def _latent_channels(configs: Configs) -> int:
     return int(channels)
 
 
-def _rope(configs: Configs) -> dict[str, TensorRecord]:
-    width = 2 * sum(rope_axes(configs))
-    return {
-        "image_rope": float32("prepared", "image_tokens", width),
-        "text_rope": float32("prepared", "text_tokens", width),
-    }
+def _text(configs: Configs) -> Axes:
+    return ("text_tokens", setting(configs, "transformer", "joint_attention_dim"))
 
 
-def _text(configs: Configs) -> TensorRecord:
-    features = setting(configs, "transformer", "joint_attention_dim")
-    return float32("conditioning", "batch", "text_tokens", features)
-
-
-def _pooled(configs: Configs) -> TensorRecord:
-    features = setting(configs, "transformer", "pooled_projection_dim")
-    return float32("conditioning", "batch", features)
-
-
-def _transformer(configs: Configs) -> Signature:
-    packed = _latent_channels(configs) * PACK * PACK
-    inputs = {
-        "hidden_states": float32("latent", "batch", "image_tokens", packed),
-        "encoder_hidden_states": _text(configs),
-        "pooled_projections": _pooled(configs),
-        "timestep": float32("timestep", "batch"),
-    }
-    if _guidance(configs).rule == "embedded":
-        inputs["guidance"] = float32("guidance_scale", "batch")
-    velocity = float32("velocity", "batch", "image_tokens", packed)
-    return Signature({**inputs, **_rope(configs)}, {"velocity": velocity})
-
-
-def _prepare(configs: Configs) -> Signature:
-    channels = _latent_channels(configs)
-    noise = float32("noise", "batch", channels, "latent_height", "latent_width")
-    latent = float32("latent", "batch", "image_tokens", channels * PACK * PACK)
-    return Signature(
-        {"noise": noise, "encoder_hidden_states": _text(configs)},
-        {"latent": latent, **_rope(configs)},
-    )
-
-
-def _vae_decoder(configs: Configs) -> Signature:
-    packed = _latent_channels(configs) * PACK * PACK
-    latent = float32("latent_grid", "batch", "latent_rows", "latent_columns", packed)
-    image = float32("image", "batch", 3, "height", "width")
-    return Signature({"latent": latent}, {"image": image})
+def _pooled(configs: Configs) -> Axes:
+    return (setting(configs, "transformer", "pooled_projection_dim"),)
 
 
 def _signatures(configs: Configs) -> Signatures:
-    return Signatures(_transformer(configs), _prepare(configs), _vae_decoder(configs))
+    width = 2 * sum(rope_axes(configs))
+    return signatures(
+        packed(_latent_channels(configs)),
+        Text({"encoder_hidden_states": _text(configs), "pooled_projections": _pooled(configs)}),
+        {"image_rope": ("image_tokens", width), "text_rope": ("text_tokens", width)},
+        is_embedded=_guidance(configs).rule == "embedded",
+        sizes_from=("encoder_hidden_states",),
+    )
 
 
 def _tiling(configs: Configs) -> Tiling:
@@ -147,12 +103,14 @@ def _clip(configs: Configs) -> Signature:
     positions = configs["text_encoder"].get("max_position_embeddings", 77)
     tokens = min(configs["tokenizer"].get("model_max_length", positions), positions)
     ids = TensorRecord("int64", ("batch", int(tokens)), "token_ids")
-    return Signature({"input_ids": ids}, {"pooled_projections": _pooled(configs)})
+    pooled = float32("conditioning", "batch", *_pooled(configs))
+    return Signature({"input_ids": ids}, {"pooled_projections": pooled})
 
 
 def _t5(configs: Configs) -> Signature:
     ids = TensorRecord("int64", ("batch", "text_tokens"), "token_ids")
-    return Signature({"input_ids": ids}, {"encoder_hidden_states": _text(configs)})
+    text = float32("conditioning", "batch", *_text(configs))
+    return Signature({"input_ids": ids}, {"encoder_hidden_states": text})
 
 
 _TEXT_GRAPHS = (
@@ -177,12 +135,6 @@ _TEXT_GRAPHS = (
 )
 
 
-def _wrapper() -> Wrapper:
-    from meancache_trt.export import flux_torch  # noqa: PLC0415  torch must stay out of the spec
-
-    return flux_torch
-
-
 FLUX = Family(
     name="flux",
     pipelines=("FluxPipeline",),
@@ -201,7 +153,6 @@ FLUX = Family(
     default_side=_default_side,
     symbols=_symbols,
     signatures=_signatures,
-    wrapper=_wrapper,
     longest_text_tokens=PIPELINE_MAX_TEXT_TOKENS,
     tiling=_tiling,
     text_graphs=_TEXT_GRAPHS,

@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
-from meancache_trt.export.autoencoder_kl_torch import decode, reference_pictures
+from meancache_trt.export import autoencoder_kl_torch, module_arguments
 from meancache_trt.export.family import Configs
 from meancache_trt.export.flux import AXIS_POSITIONS, rope_axes
 from meancache_trt.export.packing import PACK, pack, unpack
@@ -19,6 +19,8 @@ from meancache_trt.export.timesteps import Times, exact_times, fixed_timestep_fr
 
 TIME_UNITS = 1000.0
 """FluxTransformer2DModel embeds its timestep, and its guidance scale, times this."""
+
+graph_inputs = module_arguments.graph_inputs
 
 POSITION_ARGUMENTS: tuple[str, ...] = ("img_ids", "txt_ids")
 
@@ -112,18 +114,9 @@ def prepare_graph(network: nn.Module, configs: Configs) -> nn.Module:
     return _Prepare(network.get_submodule("pos_embed"), rope_axes(configs))
 
 
-class _Decoder(nn.Module):
-    def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.network = vae
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return decode(self.network, unpack(latent))
-
-
 def decoder_graph(vae: nn.Module) -> nn.Module:
     """Packed latent with rows and columns apart to pictures, black 0 and white 1, not clipped."""
-    return _Decoder(vae)
+    return autoencoder_kl_torch.Decoder(vae, unpack)
 
 
 def _image_ids(symbols: Mapping[str, int]) -> Tensor:
@@ -163,14 +156,7 @@ def reference_image(vae: nn.Module, latent: Tensor, symbols: Mapping[str, int]) 
     factor = symbols["height"] // symbols["latent_height"]
     packed = latent.flatten(1, 2)
     unpacked = FluxPipeline._unpack_latents(packed, symbols["height"], symbols["width"], factor)
-    return reference_pictures(vae, unpacked)
-
-
-def load_text_pipeline(directory: str, dtype: Any) -> Any:
-    """FluxPipeline with its two tokenizers and text encoders, on the CPU."""
-    return FluxPipeline.from_pretrained(
-        directory, transformer=None, vae=None, dtype=dtype, local_files_only=True
-    )
+    return autoencoder_kl_torch.reference_image(vae, unpacked, symbols)
 
 
 def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> dict[str, Tensor]:
@@ -179,11 +165,6 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> d
         list(prompts), device="cpu", max_sequence_length=text_tokens
     )
     return {"encoder_hidden_states": features, "pooled_projections": pooled}
-
-
-def graph_inputs(configs: Configs, arguments: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-    """Names and units are the module's own."""
-    return dict(arguments)
 
 
 def positions(arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,13 @@ from meancache_trt.export.family import (
     Configs,
     Family,
     FrameRule,
-    Signature,
     Signatures,
     Size,
-    Wrapper,
-    float32,
     setting,
 )
+from meancache_trt.export.signatures import Text, grid_symbols, signatures, video
 from meancache_trt.export.tiles import causal_time_axis, space_axes
-from meancache_trt.manifest import Guidance, Role, TensorRecord, Tiling
+from meancache_trt.manifest import Guidance, Tiling
 
 AXIS_POSITIONS = 512
 """Frames, rows and columns of tokens that the prepare graph's RoPE tables cover: 8192 pixels."""
@@ -78,21 +76,12 @@ def _frames(configs: Configs) -> FrameRule:
 
 
 def _symbols(configs: Configs, size: Size) -> dict[str, int]:
-    rows, columns = (pixels // _multiple(configs) for pixels in (size.height, size.width))
-    assert size.frames is not None  # `check_size` sees to it
-    latent_frames = (size.frames - 1) // _frames(configs).stride + 1
-    return {
-        "height": size.height,
-        "width": size.width,
-        "frames": size.frames,
-        "latent_frames": latent_frames,
-        "latent_height": _patch(configs) * rows,
-        "latent_width": _patch(configs) * columns,
-        "latent_rows": rows,
-        "latent_columns": columns,
-        "image_tokens": latent_frames * rows * columns,
-        "text_tokens": size.text_tokens,
-    }
+    return grid_symbols(
+        size,
+        unit=_multiple(configs),
+        patch=_patch(configs),
+        frame_stride=_frames(configs).stride,
+    )
 
 
 def _guidance(configs: Configs) -> Guidance:
@@ -120,41 +109,18 @@ def _latent_channels(configs: Configs) -> int:
     return int(channels)
 
 
-def _latent(configs: Configs, role: Role) -> TensorRecord:
-    channels = _latent_channels(configs)
-    return float32(role, "batch", channels, "latent_frames", "latent_height", "latent_width")
-
-
-def _rope(configs: Configs) -> dict[str, TensorRecord]:
-    grid = ("latent_frames", "latent_rows", "latent_columns")
-    table = float32("prepared", *grid, sum(rope_axes(configs)))
-    return {"rope_cos": table, "rope_sin": table}
-
-
-def _transformer(configs: Configs) -> Signature:
+def _signatures(configs: Configs) -> Signatures:
     features = setting(configs, "transformer", "text_embed_dim")
     pooled = setting(configs, "transformer", "pooled_projection_dim")
-    inputs = {
-        "hidden_states": _latent(configs, "latent"),
-        "timestep": float32("timestep", "batch"),
-        "encoder_hidden_states": float32("conditioning", "batch", "text_tokens", features),
-        "encoder_attention_mask": TensorRecord("bool", ("batch", "text_tokens"), "text_mask"),
-        "pooled_projections": float32("conditioning", "batch", pooled),
-    }
-    if _guidance(configs).rule == "embedded":
-        inputs["guidance"] = float32("guidance_scale", "batch")
-    return Signature({**inputs, **_rope(configs)}, {"velocity": _latent(configs, "velocity")})
-
-
-def _signatures(configs: Configs) -> Signatures:
-    video = float32("image", "batch", 3, "frames", "height", "width")
-    return Signatures(
-        transformer=_transformer(configs),
-        prepare=Signature(
-            {"noise": _latent(configs, "noise")},
-            {"latent": _latent(configs, "latent"), **_rope(configs)},
+    table = ("latent_frames", "latent_rows", "latent_columns", sum(rope_axes(configs)))
+    return signatures(
+        video(_latent_channels(configs)),
+        Text(
+            {"encoder_hidden_states": ("text_tokens", features), "pooled_projections": (pooled,)},
+            "encoder_attention_mask",
         ),
-        vae_decoder=Signature({"latent": _latent(configs, "latent_grid")}, {"video": video}),
+        {"rope_cos": table, "rope_sin": table},
+        is_embedded=_guidance(configs).rule == "embedded",
     )
 
 
@@ -165,12 +131,6 @@ def _tiling(configs: Configs) -> Tiling:
         time=causal_time_axis(*_TILE_FRAMES, unit=frames, latent_axis=2, image_axis=2),
         space=space_axes(*_TILE_PIXELS, unit=pixels, latent_axis=3, image_axis=3),
     )
-
-
-def _wrapper() -> Wrapper:
-    from meancache_trt.export import hunyuan_video_torch  # noqa: PLC0415  the spec has no torch
-
-    return hunyuan_video_torch
 
 
 HUNYUAN_VIDEO = Family(
@@ -191,7 +151,6 @@ HUNYUAN_VIDEO = Family(
     default_side=_default_side,
     symbols=_symbols,
     signatures=_signatures,
-    wrapper=_wrapper,
     frames=_frames,
     float16_overflow="github.com/Tencent-Hunyuan/HunyuanVideo/issues/60",
     tiling=_tiling,

@@ -14,15 +14,18 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from diffusers import HunyuanVideoPipeline
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoRotaryPosEmbed
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 
+from meancache_trt.export import grid_rope_torch
 from meancache_trt.export.family import Configs
+from meancache_trt.export.grid_rope_torch import GridPreparation, grid_tables
 from meancache_trt.export.hunyuan_video import AXIS_POSITIONS, GUIDANCE_UNITS, rope_axes
 from meancache_trt.export.timesteps import fixed_timestep_frequencies
+
+positions = grid_rope_torch.positions
 
 POSITION_ARGUMENTS: tuple[str, ...] = ()
 
@@ -112,39 +115,12 @@ def transformer_graph(network: nn.Module) -> Iterator[nn.Module]:
         network.rope = embedding
 
 
-class _Prepare(nn.Module):
-    """Passes noise through, and assembles RoPE from one table an axis, computed by diffusers."""
-
-    def __init__(self, network: nn.Module, axes: Sequence[int]) -> None:
-        super().__init__()
-        rope: Any = network.rope
-        self.patch: int = rope.patch_size
-        for axis in range(3):
-            extents = [1, self.patch, self.patch]
-            extents[axis] *= AXIS_POSITIONS
-            tables = rope(torch.empty(1, 1, *extents))
-            for name, table in zip(("cos", "sin"), tables, strict=True):
-                part = torch.split(table, list(axes), dim=-1)[axis]
-                self.register_buffer(f"{name}_{axis}", part.contiguous(), persistent=False)
-
-    def _table(self, name: str, extents: Sequence[int]) -> Tensor:
-        parts = []
-        for axis, extent in enumerate(extents):
-            table = self.get_buffer(f"{name}_{axis}")[:extent]
-            shape = [1, 1, 1, table.shape[-1]]
-            shape[axis] = extent
-            parts.append(table.reshape(shape).expand(*extents, -1))
-        return torch.cat(parts, dim=-1)
-
-    def forward(self, noise: Tensor) -> tuple[Tensor, ...]:
-        _, _, frames, height, width = noise.shape
-        extents = (frames, height // self.patch, width // self.patch)
-        return noise.clone(), self._table("cos", extents), self._table("sin", extents)
-
-
 def prepare_graph(network: nn.Module, configs: Configs) -> nn.Module:
     """Noise to the loop's latent, which is the same, and the two RoPE tables."""
-    return _Prepare(network, rope_axes(configs))
+    rope: Any = network.rope
+    return GridPreparation(
+        rope, rope_axes(configs), positions=AXIS_POSITIONS, patch=rope.patch_size
+    )
 
 
 def _upsample(upsampler: Any, hidden: Tensor) -> Tensor:
@@ -222,12 +198,11 @@ def reference_velocity(
 def reference_preparation(
     network: nn.Module,
     feeds: Mapping[str, Tensor],
-    symbols: Mapping[str, int],
+    symbols: Mapping[str, int],  # noqa: ARG001
 ) -> dict[str, Tensor]:
     """The noise itself and what `HunyuanVideoRotaryPosEmbed` computes for it."""
-    grid = [symbols[f"latent_{name}"] for name in ("frames", "rows", "columns")]
-    tables = (table.unflatten(0, grid) for table in network.get_submodule("rope")(feeds["noise"]))
-    return {"latent": feeds["noise"], **dict(zip(("rope_cos", "rope_sin"), tables, strict=True))}
+    rope: Any = network.rope
+    return {"latent": feeds["noise"], **grid_tables(rope, feeds["noise"], rope.patch_size)}
 
 
 def reference_image(
@@ -239,13 +214,6 @@ def reference_image(
     model: Any = vae
     video: Tensor = model.decode(latent / model.config.scaling_factor, return_dict=False)[0]
     return (video * 0.5 + 0.5).clamp(0, 1)
-
-
-def load_text_pipeline(directory: str, dtype: Any) -> Any:
-    """HunyuanVideoPipeline with its two tokenizers and text encoders, on the CPU."""
-    return HunyuanVideoPipeline.from_pretrained(
-        directory, transformer=None, vae=None, dtype=dtype, local_files_only=True
-    )
 
 
 def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> dict[str, Tensor]:
@@ -273,11 +241,6 @@ def graph_inputs(configs: Configs, arguments: Mapping[str, Any]) -> dict[str, An
     return inputs
 
 
-def positions(arguments: Mapping[str, Any]) -> tuple[tuple[int, ...]]:
-    """Frames, rows and columns of the latent."""
-    return (tuple(arguments["hidden_states"].shape[2:]),)
-
-
 def position_tables(configs: Configs, extents: tuple[int, ...]) -> dict[str, Tensor]:
     """Cosines and sines, (frames, rows, columns, width)."""
     config = configs["transformer"]
@@ -285,7 +248,4 @@ def position_tables(configs: Configs, extents: tuple[int, ...]) -> dict[str, Ten
     embed = HunyuanVideoRotaryPosEmbed(
         patch, config["patch_size_t"], config["rope_axes_dim"], config["rope_theta"]
     )
-    frames, height, width = extents
-    grid = (frames, height // patch, width // patch)
-    tables = (table.unflatten(0, grid) for table in embed(torch.empty(1, 1, *extents)))
-    return dict(zip(("rope_cos", "rope_sin"), tables, strict=True))
+    return grid_tables(embed, torch.empty(1, 1, *extents), patch)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from meancache_trt.errors import ExportError
 from meancache_trt.export.family import (
     Configs,
     Family,
-    Signature,
     Signatures,
     Size,
-    Wrapper,
-    float32,
     setting,
 )
 from meancache_trt.export.packing import PACK
+from meancache_trt.export.signatures import Text, grid_symbols, packed, signatures
 from meancache_trt.export.tiles import space_axes
-from meancache_trt.manifest import Guidance, TensorRecord, Tiling
+from meancache_trt.manifest import Guidance, Tiling
 
 AXIS_POSITIONS = 512
 """Rows and columns of tokens that the prepare graph's RoPE tables cover: 8192 pixels."""
@@ -52,17 +52,7 @@ def _longest_side(configs: Configs) -> int:
 
 
 def _symbols(configs: Configs, size: Size) -> dict[str, int]:
-    rows, columns = (pixels // _multiple(configs) for pixels in (size.height, size.width))
-    return {
-        "height": size.height,
-        "width": size.width,
-        "latent_height": PACK * rows,
-        "latent_width": PACK * columns,
-        "latent_rows": rows,
-        "latent_columns": columns,
-        "image_tokens": rows * columns,
-        "text_tokens": size.text_tokens,
-    }
+    return grid_symbols(size, unit=_multiple(configs))
 
 
 def _guidance(_: Configs) -> Guidance:
@@ -98,65 +88,22 @@ def _latent_channels(configs: Configs) -> int:
     return int(channels)
 
 
-def _rope(configs: Configs) -> dict[str, TensorRecord]:
-    width = sum(rope_axes(configs))
-    return {
-        "image_rope": float32("prepared", "image_tokens", width),
-        "text_rope": float32("prepared", "text_tokens", width),
-    }
-
-
-def _text(configs: Configs) -> TensorRecord:
-    features = setting(configs, "transformer", "joint_attention_dim")
-    return float32("conditioning", "two_batch", "text_tokens", features)
-
-
-def _transformer(configs: Configs) -> Signature:
-    packed = _latent_channels(configs) * PACK * PACK
-    inputs = {
-        "hidden_states": float32("model_input", "two_batch", "image_tokens", packed),
-        "encoder_hidden_states": _text(configs),
-        "encoder_hidden_states_mask": TensorRecord(
-            "bool", ("two_batch", "text_tokens"), "text_mask"
-        ),
-        "timestep": float32("timestep", "two_batch"),
-    }
-    velocity = float32("velocity", "two_batch", "image_tokens", packed)
-    return Signature({**inputs, **_rope(configs)}, {"velocity": velocity})
-
-
-def _prepare(configs: Configs) -> Signature:
-    channels = _latent_channels(configs)
-    noise = float32("noise", "batch", 1, channels, "latent_height", "latent_width")
-    shape = ("image_tokens", channels * PACK * PACK)
-    latent = float32("latent", "batch", *shape)
-    model_input = float32("model_input", "two_batch", *shape)
-    return Signature(
-        {"noise": noise, "encoder_hidden_states": _text(configs)},
-        {"latent": latent, "model_input": model_input, **_rope(configs)},
-    )
-
-
-def _vae_decoder(configs: Configs) -> Signature:
-    packed = _latent_channels(configs) * PACK * PACK
-    latent = float32("latent_grid", "batch", "latent_rows", "latent_columns", packed)
-    image = float32("image", "batch", 3, "height", "width")
-    return Signature({"latent": latent}, {"image": image})
-
-
 def _signatures(configs: Configs) -> Signatures:
-    return Signatures(_transformer(configs), _prepare(configs), _vae_decoder(configs))
+    channels, width = _latent_channels(configs), sum(rope_axes(configs))
+    features = setting(configs, "transformer", "joint_attention_dim")
+    noise = (1, channels, "latent_height", "latent_width")  # of one frame
+    return signatures(
+        replace(packed(channels), noise=noise),
+        Text({"encoder_hidden_states": ("text_tokens", features)}, "encoder_hidden_states_mask"),
+        {"image_rope": ("image_tokens", width), "text_rope": ("text_tokens", width)},
+        is_guided=True,
+        sizes_from=("encoder_hidden_states",),
+    )
 
 
 def _tiling(configs: Configs) -> Tiling:
     unit = _multiple(configs)
     return Tiling(space=space_axes(*_TILE, unit=unit, latent_axis=1, image_axis=2))
-
-
-def _wrapper() -> Wrapper:
-    from meancache_trt.export import qwen_image_torch  # noqa: PLC0415  the spec has no torch
-
-    return qwen_image_torch
 
 
 QWEN_IMAGE = Family(
@@ -179,6 +126,5 @@ QWEN_IMAGE = Family(
     default_side=_default_side,
     symbols=_symbols,
     signatures=_signatures,
-    wrapper=_wrapper,
     tiling=_tiling,
 )

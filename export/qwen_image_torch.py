@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, pad
 
 from meancache_trt.errors import InputError
+from meancache_trt.export import module_arguments
 from meancache_trt.export.family import Configs
 from meancache_trt.export.packing import PACK, pack, unpack
 from meancache_trt.export.patching import replaced
 from meancache_trt.export.qwen_image import AXIS_POSITIONS, PIPELINE_MAX_TEXT_TOKENS, rope_axes
 from meancache_trt.export.rotation import real, rotated
 from meancache_trt.export.timesteps import Times, exact_times, fixed_timestep_frequencies
+
+graph_inputs = module_arguments.graph_inputs
 
 POSITION_ARGUMENTS: tuple[str, ...] = ("img_shapes",)
 
@@ -240,13 +243,6 @@ def reference_image(vae: nn.Module, latent: Tensor, symbols: Mapping[str, int]) 
     return (image * 0.5 + 0.5).clamp(0, 1)
 
 
-def load_text_pipeline(directory: str, dtype: Any) -> Any:
-    """QwenImagePipeline with its tokenizer and text encoder, on the CPU."""
-    return QwenImagePipeline.from_pretrained(
-        directory, transformer=None, vae=None, dtype=dtype, local_files_only=True
-    )
-
-
 def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> dict[str, Tensor]:
     """Features (B, text_tokens, D), zero where padded, and mask (B, text_tokens), bool.
 
@@ -262,11 +258,6 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> d
         "encoder_hidden_states": torch.cat(features),
         "encoder_hidden_states_mask": torch.cat(masks),
     }
-
-
-def graph_inputs(configs: Configs, arguments: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-    """Names and units are the module's own."""
-    return dict(arguments)
 
 
 def positions(arguments: Mapping[str, Any]) -> tuple[tuple[tuple[int, ...], ...], int]:

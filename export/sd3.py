@@ -7,14 +7,12 @@ from meancache_trt.export.autoencoder_kl import latent_pixels, tiling
 from meancache_trt.export.family import (
     Configs,
     Family,
-    Signature,
     Signatures,
     Size,
-    Wrapper,
-    float32,
     setting,
 )
-from meancache_trt.manifest import Guidance, Role, TensorRecord, Tiling
+from meancache_trt.export.signatures import Text, grid_symbols, signatures, unpacked
+from meancache_trt.manifest import Guidance, Tiling
 
 PIPELINE_MAX_TEXT_TOKENS = 512
 """StableDiffusion3Pipeline.check_inputs refuses a longer max_sequence_length."""
@@ -51,15 +49,9 @@ def _default_side(configs: Configs) -> int:
 
 
 def _symbols(configs: Configs, size: Size) -> dict[str, int]:
-    rows, columns = (pixels // _multiple(configs) for pixels in (size.height, size.width))
     clip_tokens = int(configs["tokenizer"].get("model_max_length", _CLIP_TOKENS))
     return {
-        "height": size.height,
-        "width": size.width,
-        "latent_height": _patch(configs) * rows,
-        "latent_width": _patch(configs) * columns,
-        "image_tokens": rows * columns,  # for checkpoints whose shift depends on the size
-        "text_tokens": size.text_tokens,
+        **grid_symbols(size, unit=_multiple(configs), patch=_patch(configs)),
         "prompt_tokens": clip_tokens + size.text_tokens,  # CLIP's features come before T5's
     }
 
@@ -81,51 +73,20 @@ def _latent_channels(configs: Configs) -> int:
     return int(channels)
 
 
-def _latent(configs: Configs, role: Role, batch: str = "batch") -> TensorRecord:
-    return float32(role, batch, _latent_channels(configs), "latent_height", "latent_width")
-
-
-def _transformer(configs: Configs) -> Signature:
+def _signatures(configs: Configs) -> Signatures:
     features = setting(configs, "transformer", "joint_attention_dim")
     pooled = setting(configs, "transformer", "pooled_projection_dim")
-    return Signature(
-        {
-            "hidden_states": _latent(configs, "model_input", "two_batch"),
-            "encoder_hidden_states": float32(
-                "conditioning", "two_batch", "prompt_tokens", features
-            ),
-            "pooled_projections": float32("conditioning", "two_batch", pooled),
-            "timestep": float32("timestep", "two_batch"),
-        },
-        {"velocity": _latent(configs, "velocity", "two_batch")},
-    )
-
-
-def _signatures(configs: Configs) -> Signatures:
-    return Signatures(
-        transformer=_transformer(configs),
-        prepare=Signature(
-            {"noise": _latent(configs, "noise")},
-            {
-                "latent": _latent(configs, "latent"),
-                "model_input": _latent(configs, "model_input", "two_batch"),
-            },
+    return signatures(
+        unpacked(_latent_channels(configs)),
+        Text(
+            {"encoder_hidden_states": ("prompt_tokens", features), "pooled_projections": (pooled,)}
         ),
-        vae_decoder=Signature(
-            {"latent": _latent(configs, "latent_grid")},
-            {"image": float32("image", "batch", 3, "height", "width")},
-        ),
+        is_guided=True,
     )
 
 
 def _tiling(configs: Configs) -> Tiling:
     return tiling(configs, unit=latent_pixels(configs), latent_axis=2)
-
-
-def _wrapper() -> Wrapper:
-    from meancache_trt.export import sd3_torch  # noqa: PLC0415  torch must stay out of the spec
-
-    return sd3_torch
 
 
 SD3 = Family(
@@ -154,6 +115,5 @@ SD3 = Family(
     default_side=_default_side,
     symbols=_symbols,
     signatures=_signatures,
-    wrapper=_wrapper,
     tiling=_tiling,
 )

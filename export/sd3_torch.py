@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from meancache_trt.errors import InputError
-from meancache_trt.export.autoencoder_kl_torch import decode, reference_pictures
+from meancache_trt.export import autoencoder_kl_torch, module_arguments
 from meancache_trt.export.family import Configs
 from meancache_trt.export.patching import replaced
 from meancache_trt.export.sd3 import table_side
 from meancache_trt.export.timesteps import fixed_timestep_frequencies
+
+decoder_graph = autoencoder_kl_torch.decoder_graph
+reference_image = autoencoder_kl_torch.reference_image
+graph_inputs = module_arguments.graph_inputs
 
 POSITION_ARGUMENTS: tuple[str, ...] = ()
 
@@ -74,20 +77,6 @@ def prepare_graph(network: nn.Module, configs: Configs) -> nn.Module:  # noqa: A
     return _Prepare()
 
 
-class _Decoder(nn.Module):
-    def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.network = vae
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return decode(self.network, latent)
-
-
-def decoder_graph(vae: nn.Module) -> nn.Module:
-    """Latent to pictures, black 0 and white 1, not clipped."""
-    return _Decoder(vae)
-
-
 def reference_velocity(
     network: nn.Module,
     feeds: Mapping[str, Tensor],
@@ -108,22 +97,6 @@ def reference_preparation(
     return {"latent": noise, "model_input": torch.cat([noise] * 2)}
 
 
-def reference_image(
-    vae: nn.Module,
-    latent: Tensor,
-    symbols: Mapping[str, int],  # noqa: ARG001
-) -> Tensor:
-    """What StableDiffusion3Pipeline does after the loop, up to the picture in [0, 1]."""
-    return reference_pictures(vae, latent)
-
-
-def load_text_pipeline(directory: str, dtype: Any) -> Any:
-    """StableDiffusion3Pipeline with its three tokenizers and text encoders, on the CPU."""
-    return StableDiffusion3Pipeline.from_pretrained(
-        directory, transformer=None, vae=None, dtype=dtype, local_files_only=True
-    )
-
-
 def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> dict[str, Tensor]:
     """Features (B, CLIP's tokens + text_tokens, D) and both CLIPs' pooled features (B, P)."""
     features, _, pooled, _ = pipeline.encode_prompt(
@@ -135,11 +108,6 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> d
         max_sequence_length=text_tokens,
     )
     return {"encoder_hidden_states": features, "pooled_projections": pooled}
-
-
-def graph_inputs(configs: Configs, arguments: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-    """Names and units are the module's own."""
-    return dict(arguments)
 
 
 def positions(arguments: Mapping[str, Any]) -> tuple[int, int]:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from meancache_trt.errors import BundleError, InputError, RuntimeUnavailableError
+from meancache_trt.errors import BundleError, ExportError, InputError, RuntimeUnavailableError
+from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Family, Wrapper
 
 TextPrecision = Literal["float32", "checkpoint"]
@@ -46,25 +47,39 @@ class PromptEncoder:
             raise InputError("there are no prompts to encode; give at least one")
         wrapper = _wrapper(self._family)
         if self._pipeline is None:
-            self._pipeline = self._load(wrapper)
+            self._pipeline = self._load()
         return self._encoded(wrapper, prompts)
 
     def release(self) -> None:
         """Free the encoders; `encode` loads them again."""
         self._pipeline = None
 
-    def _load(self, wrapper: Wrapper) -> Any:
+    def _load(self) -> Any:
         import torch  # noqa: PLC0415  rendering from ready embeddings must not need it
 
         dtype = torch.float32 if self._precision == "float32" else {"default": "auto"}
         try:
             with _no_progress_bars():
-                return wrapper.load_text_pipeline(str(self._directory), dtype)
-        except (OSError, ValueError) as error:
+                return self._text_pipeline(dtype)
+        except (OSError, ValueError, ExportError) as error:
             raise BundleError(
                 f"the prompt encoders in {self._directory} cannot be loaded: "
                 f"{str(error).splitlines()[0]}; restore the folder or build the bundle again"
             ) from error
+
+    def _text_pipeline(self, dtype: Any) -> Any:
+        """The diffusers pipeline, on the CPU, without its networks.
+
+        `dtype` is torch's, or diffusers' mapping by component, such as {"default": "auto"}.
+        """
+        import diffusers  # noqa: PLC0415  rendering from ready embeddings must not need it
+
+        source = Checkpoint(self._directory)
+        needed = {"scheduler", *self._family.text_components}
+        others = {part for part, kind in source.index.items() if isinstance(kind, list)} - needed
+        return getattr(diffusers, source.pipeline_class).from_pretrained(
+            self._directory, **dict.fromkeys(others), dtype=dtype, local_files_only=True
+        )
 
     def _encoded(self, wrapper: Wrapper, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
         import torch  # noqa: PLC0415  rendering from ready embeddings must not need it

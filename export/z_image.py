@@ -7,15 +7,13 @@ from meancache_trt.export.autoencoder_kl import latent_pixels, sample_size, tili
 from meancache_trt.export.family import (
     Configs,
     Family,
-    Signature,
     Signatures,
     Size,
-    Wrapper,
-    float32,
     setting,
 )
 from meancache_trt.export.packing import PACK
-from meancache_trt.manifest import Guidance, Role, TensorRecord, Tiling
+from meancache_trt.export.signatures import Axes, Text, grid_symbols, signatures, unpacked
+from meancache_trt.manifest import Guidance, Tiling
 
 TOKEN_UNIT = 32
 """SEQ_MULTI_OF of diffusers: tokens of a picture, and of a prompt, are padded to a multiple."""
@@ -49,17 +47,9 @@ def _longest_side(configs: Configs) -> int:
 
 
 def _symbols(configs: Configs, size: Size) -> dict[str, int]:
-    rows, columns = (pixels // _multiple(configs) for pixels in (size.height, size.width))
-    tokens = rows * columns
-    return {
-        "height": size.height,
-        "width": size.width,
-        "latent_height": PACK * rows,
-        "latent_width": PACK * columns,
-        "image_tokens": tokens,
-        "padded_image_tokens": tokens + -tokens % TOKEN_UNIT,
-        "text_tokens": size.text_tokens,
-    }
+    symbols = grid_symbols(size, unit=_multiple(configs))
+    tokens = symbols["image_tokens"]
+    return {**symbols, "padded_image_tokens": tokens + -tokens % TOKEN_UNIT}
 
 
 def _guidance(configs: Configs) -> Guidance:
@@ -89,32 +79,7 @@ def _latent_channels(configs: Configs) -> int:
     return int(channels)
 
 
-def _latent(configs: Configs, role: Role, batch: str = "batch") -> TensorRecord:
-    return float32(role, batch, _latent_channels(configs), "latent_height", "latent_width")
-
-
-def _transformer(configs: Configs) -> Signature:
-    fed: Role = "model_input" if is_guided(configs) else "latent"
-    batch, features = _batch(configs), configs["transformer"].get("cap_feat_dim", 2560)
-    inputs = {
-        "hidden_states": _latent(configs, fed, batch),
-        "encoder_hidden_states": float32("conditioning", batch, "text_tokens", features),
-        "encoder_hidden_states_mask": _mask(configs),
-        "timestep": float32("timestep", batch),
-        "image_rope": _rope(configs),
-    }
-    return Signature(inputs, {"velocity": _latent(configs, "velocity", batch)})
-
-
-def _batch(configs: Configs) -> str:
-    return "two_batch" if is_guided(configs) else "batch"
-
-
-def _mask(configs: Configs) -> TensorRecord:
-    return TensorRecord("bool", (_batch(configs), "text_tokens"), "text_mask")
-
-
-def _rope(configs: Configs) -> TensorRecord:
+def _rope(configs: Configs) -> Axes:
     """One of each sample, since a picture's positions begin after its padded prompt."""
     width = sum(configs["transformer"].get("axes_dims", _ROPE_AXES))
     frames = configs["transformer"].get("axes_lens", _ROPE_POSITIONS)[0]
@@ -123,34 +88,24 @@ def _rope(configs: Configs) -> TensorRecord:
             f"transformer/config.json gives {frames} positions to text, expected at least "
             f"{LONGEST_TEXT_TOKENS + 2}, as every Z-Image has; use an unmodified checkpoint"
         )
-    return float32("prepared", _batch(configs), "padded_image_tokens", width)
-
-
-def _prepare(configs: Configs) -> Signature:
-    outputs = {"latent": _latent(configs, "latent"), "image_rope": _rope(configs)}
-    if is_guided(configs):
-        outputs["model_input"] = _latent(configs, "model_input", "two_batch")
-    inputs = {
-        "noise": _latent(configs, "noise"),
-        "encoder_hidden_states_mask": _mask(configs),
-    }
-    return Signature(inputs, outputs)
+    batch = "two_batch" if is_guided(configs) else "batch"
+    return (batch, "padded_image_tokens", width)
 
 
 def _signatures(configs: Configs) -> Signatures:
-    image = float32("image", "batch", 3, "height", "width")
-    decoder = Signature({"latent": _latent(configs, "latent_grid")}, {"image": image})
-    return Signatures(_transformer(configs), _prepare(configs), decoder)
+    features = configs["transformer"].get("cap_feat_dim", 2560)
+    mask = "encoder_hidden_states_mask"
+    return signatures(
+        unpacked(_latent_channels(configs)),
+        Text({"encoder_hidden_states": ("text_tokens", features)}, mask),
+        {"image_rope": _rope(configs)},
+        is_guided=is_guided(configs),
+        sizes_from=(mask,),
+    )
 
 
 def _tiling(configs: Configs) -> Tiling:
     return tiling(configs, unit=latent_pixels(configs), latent_axis=2)
-
-
-def _wrapper() -> Wrapper:
-    from meancache_trt.export import z_image_torch  # noqa: PLC0415  the spec has no torch
-
-    return z_image_torch
 
 
 Z_IMAGE = Family(
@@ -173,7 +128,6 @@ Z_IMAGE = Family(
     default_side=sample_size,
     symbols=_symbols,
     signatures=_signatures,
-    wrapper=_wrapper,
     tiling=_tiling,
     # The module's: of opposite sign, a list, each with an axis for frames.
     module_output=lambda velocity: list(-velocity[:, :, None]),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import (
     RopeEmbedder,
     ZSingleStreamAttnProcessor,
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from meancache_trt.errors import InputError
-from meancache_trt.export.autoencoder_kl_torch import decode, reference_pictures
+from meancache_trt.export import autoencoder_kl_torch
 from meancache_trt.export.family import Configs
 from meancache_trt.export.packing import PACK
 from meancache_trt.export.patching import replaced
 from meancache_trt.export.rotation import real, rotated
 from meancache_trt.export.z_image import LONGEST_TEXT_TOKENS, TOKEN_UNIT, is_guided
+
+decoder_graph = autoencoder_kl_torch.decoder_graph
+reference_image = autoencoder_kl_torch.reference_image
 
 POSITION_ARGUMENTS: tuple[str, ...] = ()
 
@@ -184,27 +187,14 @@ class _Prepare(nn.Module):
         cos = pad(self._table("cos", frames, rows, columns), padding, value=1.0)
         sin = pad(self._table("sin", frames, rows, columns), padding)
         rope = torch.cat([cos, sin], dim=-1)
-        return (noise.clone(), rope, *([torch.cat([noise, noise])] if self.is_guided else []))
+        twice = [torch.cat([noise, noise])] if self.is_guided else []
+        return noise.clone(), *twice, rope
 
 
 def prepare_graph(network: nn.Module, configs: Configs) -> nn.Module:
     """Noise to the loop's latent, which is the same; with the text mask, the picture's RoPE."""
     embedder: Any = network.rope_embedder
     return _Prepare(embedder, is_guided=is_guided(configs))
-
-
-class _Decoder(nn.Module):
-    def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.network = vae
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return decode(self.network, latent)
-
-
-def decoder_graph(vae: nn.Module) -> nn.Module:
-    """Latent to pictures, black 0 and white 1, not clipped."""
-    return _Decoder(vae)
 
 
 def reference_velocity(
@@ -237,22 +227,6 @@ def reference_preparation(
     rope = torch.stack([real(model.rope_embedder(each)) for each in ids])
     made = {"latent": noise, "image_rope": rope}
     return made if len(masks) == len(noise) else {**made, "model_input": noise.repeat(2, 1, 1, 1)}
-
-
-def reference_image(
-    vae: nn.Module,
-    latent: Tensor,
-    symbols: Mapping[str, int],  # noqa: ARG001
-) -> Tensor:
-    """What ZImagePipeline does after the loop, up to the picture in [0, 1]."""
-    return reference_pictures(vae, latent)
-
-
-def load_text_pipeline(directory: str, dtype: Any) -> Any:
-    """ZImagePipeline with its tokenizer and text encoder, on the CPU."""
-    return ZImagePipeline.from_pretrained(
-        directory, transformer=None, vae=None, dtype=dtype, local_files_only=True
-    )
 
 
 def encode_prompts(pipeline: Any, prompts: Sequence[str], text_tokens: int) -> dict[str, Tensor]:

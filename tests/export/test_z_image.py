@@ -124,7 +124,7 @@ def test_prepare_tables_reach_the_longest_side_and_text_bit_for_bit(
     given = {"noise": noise, "encoder_hidden_states_mask": mask}
     expected = z_image_torch.reference_preparation(network, given, {})
     found = z_image_torch.prepare_graph(network, PUBLISHED)(noise, mask)
-    for name, value in zip(("latent", "image_rope", "model_input"), found, strict=True):
+    for name, value in zip(("latent", "model_input", "image_rope"), found, strict=True):
         assert torch.equal(value, expected[name])
 
 
