@@ -24,13 +24,15 @@ from meancache_trt.manifest import TensorRecord
 def build_network(class_name: str, config: Mapping[str, Any], dtype: str) -> nn.Module:
     """A diffusers model from its configuration, what checkpoints store of it on the meta device.
 
-    That is in `dtype`: parameters and buffers. Buffers and constants that the model computes for
-    itself hold their real values.
+    That is in `dtype`: parameters and buffers, but in float32 what diffusers keeps so in any
+    dtype. Buffers and constants that the model computes for itself hold their real values.
     """
     with init_empty_weights(include_buffers=False):
         network: nn.Module = getattr(diffusers, class_name).from_config(dict(config))
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in network.named_parameters():
+        wanted = "float32" if kept.intersection(name.split(".")) else dtype
+        parameter.data = parameter.data.to(getattr(torch, wanted))
     stored = network.state_dict()
     for name, buffer in list(network.named_buffers()):
         if name in stored:

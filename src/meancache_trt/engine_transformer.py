@@ -155,7 +155,11 @@ class EngineTransformer:
 
     forward = __call__
 
-    def cache_context(self, name: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+    def cache_context(
+        self,
+        name: str,  # noqa: ARG002
+        **state: Any,  # noqa: ARG002
+    ) -> contextlib.AbstractContextManager[None]:
         """Do nothing: diffusers' caches, which tell branches of guidance apart, are not in use."""
         return contextlib.nullcontext()
 
