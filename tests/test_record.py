@@ -13,7 +13,14 @@ from meancache_trt.calibration.trajectories import Array, Trajectories
 from meancache_trt.errors import CalibrationError, InputError
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.record import Recorder, RecordOptions
-from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image, tiny_sd3, tiny_z_image
+from tests.export import (
+    tiny_flux,
+    tiny_hunyuan_video,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_wan,
+    tiny_z_image,
+)
 
 STEPS = 5
 TOLERANCE = 1e-5
@@ -25,6 +32,7 @@ SIZES = {
     "z_image": (32, 48, None),
     "hunyuan_video": (32, 48, 9),
     "sd3": (32, 48, None),
+    "wan": (32, 48, 9),
 }
 TINY = {
     "flux": tiny_flux.tiny_pipeline,
@@ -32,6 +40,7 @@ TINY = {
     "z_image": tiny_z_image.tiny_pipeline,
     "hunyuan_video": tiny_hunyuan_video.tiny_pipeline,
     "sd3": tiny_sd3.tiny_pipeline,
+    "wan": tiny_wan.tiny_pipeline,
 }
 
 

@@ -39,3 +39,8 @@ def z_image(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 @pytest.fixture(scope="session")
 def sd3(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return made("sd3", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return made("wan", tmp_path_factory)

@@ -93,12 +93,21 @@ def sd3_call(batch: int, rows: int, columns: int, text: int) -> dict[str, Any]:
     }
 
 
+def wan_call(batch: int, rows: int, columns: int, text: int) -> dict[str, Any]:
+    return {
+        "hidden_states": random(batch, 4, 3, 2 * rows, 2 * columns),
+        "encoder_hidden_states": random(batch, text, 48, seed=1),
+        "timestep": torch.linspace(300, 900, batch),
+    }
+
+
 CALLS: dict[str, Callable[[int, int, int, int], dict[str, Any]]] = {
     "flux": flux_call,
     "qwen": qwen_call,
     "hunyuan": hunyuan_call,
     "z_image": z_image_call,
     "sd3": sd3_call,
+    "wan": wan_call,
 }
 
 

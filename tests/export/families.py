@@ -18,7 +18,14 @@ from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Family, Size
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Component, Exported, batch_symbols
-from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image, tiny_sd3, tiny_z_image
+from tests.export import (
+    tiny_flux,
+    tiny_hunyuan_video,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_wan,
+    tiny_z_image,
+)
 
 TINY = {
     "flux": tiny_flux.tiny_pipeline,
@@ -26,6 +33,7 @@ TINY = {
     "hunyuan_video": tiny_hunyuan_video.tiny_pipeline,
     "z_image": tiny_z_image.tiny_pipeline,
     "sd3": tiny_sd3.tiny_pipeline,
+    "wan": tiny_wan.tiny_pipeline,
 }
 TEXT_TOKENS = 12
 
@@ -86,7 +94,7 @@ def _export(name: str, checkpoint: Path, bundle: Path) -> None:
             target,
             height=32,
             width=48,
-            frames=5 if name == "hunyuan_video" else None,
+            frames=5 if name in {"hunyuan_video", "wan"} else None,
             text_tokens=TEXT_TOKENS,
             precisions=["bfloat16"],
             check_parity=False,

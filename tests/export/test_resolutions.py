@@ -27,7 +27,14 @@ from meancache_trt.render import Pipeline
 from meancache_trt.rendering import Rendering
 from meancache_trt.session import Session
 from meancache_trt.shapes import PictureSize, Range
-from tests.export import tiny_flux, tiny_hunyuan_video, tiny_qwen_image, tiny_sd3, tiny_z_image
+from tests.export import (
+    tiny_flux,
+    tiny_hunyuan_video,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_wan,
+    tiny_z_image,
+)
 
 pytestmark = pytest.mark.slow  # two exports a family
 
@@ -65,6 +72,7 @@ TINY: dict[str, tuple[Callable[[], Any], str, str]] = {
     "z_image": (tiny_z_image.tiny_pipeline, "48x32", "24x72"),
     "hunyuan_video": (tiny_hunyuan_video.tiny_pipeline, "48x32x5", "32x48x9"),
     "sd3": (tiny_sd3.tiny_pipeline, "48x32", "24x72"),
+    "wan": (tiny_wan.tiny_pipeline, "48x32x5", "32x48x9"),
 }
 
 

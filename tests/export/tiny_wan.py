@@ -45,8 +45,7 @@ def tiny_vae() -> AutoencoderKLWan:
         latents_mean=[-0.7, 0.1, 0.4, -0.2],
         latents_std=[2.8, 1.4, 2.3, 0.9],
     )
-    randomize(vae, seed=2)
-    return vae.eval()
+    return _sized(vae)
 
 
 def tiny_vae_5b() -> AutoencoderKLWan:
@@ -64,6 +63,12 @@ def tiny_vae_5b() -> AutoencoderKLWan:
         patch_size=2,
         scale_factor_spatial=16,
     )
+    return _sized(vae)
+
+
+def _sized(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """One that names its sizes, as a small model does."""
+    vae.register_to_config(_sample_size=32, _sample_frames=9)
     randomize(vae, seed=2)
     return vae.eval()
 
