@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from meancache_trt.errors import ExportError, InputError
 from meancache_trt.manifest import GridRule, Guidance, Resolution, Role, TensorRecord, Tiling
+from meancache_trt.meancache.sigmas import SecondStage
 
 if TYPE_CHECKING:
     import torch
@@ -171,6 +172,8 @@ class Family:
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
     it was reported that the network's activations exceed float16. `module_output` makes of the
     graph's velocity what the transformer's `forward` gives, where that has another sign or layout.
+    `second_stage` says from which timestep on the pipeline evaluates its transformer_2; None, also
+    as its result, where there is one transformer.
     """
 
     name: str
@@ -197,6 +200,7 @@ class Family:
     tiling: Callable[[Configs], Tiling] | None = None
     text_graphs: tuple[TextGraph, ...] = ()
     module_output: Callable[[Any], Any] = lambda velocity: velocity
+    second_stage: Callable[[Configs], SecondStage | None] | None = None
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

@@ -28,7 +28,7 @@ def make_loop(schedule: Schedule, history: int = 4, velocity=curved) -> Denoisin
     )
     return DenoisingLoop(
         NumpyRuntime(),
-        network,
+        {"transformer": network},
         update_graph(history),
         schedule=schedule,
         latent_shape=SHAPE,
@@ -141,16 +141,20 @@ def test_guided_loop_feeds_both_halves_and_guides_before_it_moves():
         NumpyRuntime().tensor(np.float32([3, 3])),
     )
     network = Network(
-        network_graph(two_prompts), "hidden_states", "timestep", "velocity", timestep_scale=1 / 1000
+        network_graph(two_prompts),
+        "hidden_states",
+        "timestep",
+        "velocity",
+        timestep_scale=1 / 1000,
+        update_constants={"guidance_scale": scale},
     )
     loop = DenoisingLoop(
         NumpyRuntime(),
-        network,
+        {"transformer": network},
         guiding_update_graph(4),
         schedule=schedule,
         latent_shape=SHAPE,
         constants={},
-        update_constants={"guidance_scale": scale},
     )
     for seed in (1, 2):
         loop.initial_input.write(np.concatenate([noise(seed)] * 2))
