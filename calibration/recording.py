@@ -29,7 +29,7 @@ from meancache_trt.meancache.euler_scheduler import (
     stock_grid,
 )
 from meancache_trt.meancache.schedule import ModelReference
-from meancache_trt.meancache.sigmas import SigmaGrid
+from meancache_trt.meancache.sigmas import SecondStage, SigmaGrid
 
 
 class StepSink(Protocol):
@@ -183,16 +183,22 @@ class PipelineSampler:
         precision: str = "float32",
         text_tokens: int | None = None,
         guidance_range: tuple[float, float] | None = None,
+        second_stage: SecondStage | None = None,
     ) -> Settings:
         """The settings of recordings with this sampler.
 
         The grid is what the pipeline makes when it is called with `prompt`; costs one network
-        evaluation.
+        evaluation. `second_stage` is the pipeline's own, which chooses between its transformers
+        before a scheduler sees the velocity.
         """
         with contextlib.suppress(_GridKnownError):
             self._run(prompt, probe := _GridProbe())
         grid = msgspec.structs.replace(
-            probe.grid, height=self._call.height, width=self._call.width, frames=self._call.frames
+            probe.grid,
+            height=self._call.height,
+            width=self._call.width,
+            frames=self._call.frames,
+            second_stage=second_stage,
         )
         return Settings(
             grid=grid,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from meancache_trt.errors import ExportError, InputError
 from meancache_trt.manifest import GridRule, Guidance, Resolution, Role, TensorRecord, Tiling
+from meancache_trt.meancache.sigmas import SecondStage
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +170,8 @@ class Family:
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
     it was reported that the network's activations exceed float16. `module_output` makes of the
     graph's velocity what the transformer's `forward` gives, where that has another sign or layout.
+    `second_stage` says from which timestep on the pipeline evaluates its transformer_2; None, also
+    as its result, where there is one transformer.
     """
 
     name: str
@@ -194,6 +197,7 @@ class Family:
     tiling: Callable[[Configs], Tiling] | None = None
     text_graphs: tuple[TextGraph, ...] = ()
     module_output: Callable[[Any], Any] = lambda velocity: velocity
+    second_stage: Callable[[Configs], SecondStage | None] | None = None
 
     def wrapper(self) -> Wrapper:
         """The module beside the spec that has its name and `_torch`, imported at the first call."""

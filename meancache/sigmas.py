@@ -41,6 +41,29 @@ _UNSUPPORTED = (
 )
 
 
+class SecondStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a model of two transformers hands over to the second, and how that one is guided.
+
+    At timesteps below `boundary_timestep`, in the scheduler's units, the network is transformer_2.
+    `guidance_scale` is its own classifier-free scale; None where the first one's acts in both.
+    """
+
+    boundary_timestep: float
+    guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.boundary_timestep < math.inf:
+            raise ScheduleError(
+                "the timestep of a second stage is 0 or more and finite, found "
+                f"{self.boundary_timestep:g}; Wan 2.2 has 875"
+            )
+
+    def __str__(self) -> str:
+        """In a few words, such as "below timestep 875, guidance scale 3"."""
+        scale = "" if self.guidance_scale is None else f", guidance scale {self.guidance_scale:g}"
+        return f"below timestep {self.boundary_timestep:g}{scale}"
+
+
 class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The T steps that a model's full integration takes, and how they were made.
 
@@ -48,7 +71,7 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     scheduler's units (sigma x `num_train_timesteps`, whole numbers in "flow_sigmas"). All are
     float32 values. `shift` is the static shift, `mu` the dynamic one; exactly one of them acts.
     `height`, `width` (pixels) and `frames` are set where the grid depends on them or belongs to
-    them.
+    them; `second_stage` where the model has two transformers and whoever made the grid knows it.
     """
 
     steps: int
@@ -63,6 +86,7 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     height: int | None = None
     width: int | None = None
     frames: int | None = None
+    second_stage: SecondStage | None = None
 
     def __post_init__(self) -> None:
         check_sigmas(self.sigmas, self.steps)
@@ -84,7 +108,8 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def difference(self, other: SigmaGrid) -> str | None:
         """Say in words how `other` differs, or None where both are the same grid.
 
-        Frames count where both grids name them; the size counts through its sigmas alone.
+        Frames and second stage count where both grids name them, since a scheduler sees neither;
+        the size counts through its sigmas alone.
         """
         if self.steps != other.steps:
             return f"{self.steps} steps against {other.steps}"
@@ -102,6 +127,9 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"timesteps of sigma x {self.num_train_timesteps} against "
                 f"{other.num_train_timesteps}"
             )
+        stages = (self.second_stage, other.second_stage)
+        if None not in stages and stages[0] != stages[1]:
+            return f"second stage {stages[0]} against {stages[1]}"
         return None
 
     def describe(self) -> str:
@@ -151,6 +179,7 @@ def make_grid(
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
+    second_stage: SecondStage | None = None,
 ) -> SigmaGrid:
     """Make the grid that a diffusers pipeline would integrate over.
 
@@ -171,6 +200,7 @@ def make_grid(
         height: recorded in the grid, in pixels.
         width: recorded in the grid, in pixels.
         frames: recorded in the grid.
+        second_stage: recorded in the grid.
 
     Raises:
         ScheduleError: where T < 1 or the values do not descend.
@@ -214,6 +244,7 @@ def make_grid(
         height=height,
         width=width,
         frames=frames,
+        second_stage=second_stage,
     )
 
 
@@ -234,6 +265,7 @@ def grid_from_config(
     width: int | None = None,
     frames: int | None = None,
     sigma_min: float | None = None,
+    second_stage: SecondStage | None = None,
 ) -> SigmaGrid:
     """Make the grid of a pipeline from its `scheduler_config.json`.
 
@@ -267,6 +299,7 @@ def grid_from_config(
         height=height,
         width=width,
         frames=frames,
+        second_stage=second_stage,
     )
 
 

@@ -41,6 +41,7 @@ def _made_as(grid: SigmaGrid, steps: int) -> SigmaGrid:
         height=grid.height,
         width=grid.width,
         frames=grid.frames,
+        second_stage=grid.second_stage,
     )
 
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from meancache_trt.errors import BundleError, InputError
-from meancache_trt.meancache.schedule import check_guidance_scale
+from meancache_trt.meancache.schedule import TRANSFORMERS, check_guidance_scale
+from meancache_trt.meancache.sigmas import SecondStage
 from meancache_trt.shapes import ONE, PictureSize, Range, Ranges
 
 Role = Literal[
@@ -248,7 +249,8 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the first is the default. `batch` is for those who prepare plans: the sizes of a session that
     are meant, not a limit, since ONNX Runtime has none. `text_buckets` are the lengths to which
     hosts may cut conditioning and mask, ascending, the last of them `text_tokens`; empty where
-    nothing is ever cut, as in families without a text mask.
+    nothing is ever cut, as in families without a text mask. With a `second_stage` there is a
+    "transformer_2", in the precisions, with the inputs and with the outputs of "transformer".
     """
 
     family: str
@@ -267,6 +269,27 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tiling: Tiling | None = None
     batch: Range = ONE
     text_buckets: tuple[int, ...] = ()
+    second_stage: SecondStage | None = None
+
+    def __post_init__(self) -> None:
+        self._check_transformers()
+        scale = self.second_guidance_scale
+        if scale is not None and not self.guidance.is_classifier_free:
+            raise InputError(
+                "a second stage has a guidance scale of its own under classifier-free guidance "
+                f"only, found {scale:g} and the rule {self.guidance.rule!r}; leave it out"
+            )
+        check_guidance(self.guidance, scale)
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """The networks that schedules name: "transformer" and, in a second stage, another."""
+        return TRANSFORMERS[: 1 if self.second_stage is None else 2]
+
+    @property
+    def second_guidance_scale(self) -> float | None:
+        """The second stage's own; None where there is none, or the first one's acts in both."""
+        return None if self.second_stage is None else self.second_stage.guidance_scale
 
     @property
     def resolution(self) -> Resolution:
@@ -331,6 +354,24 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         transformer = self.components["transformer"].inputs
         wanted = {*_named(transformer, "conditioning"), *_named(transformer, "text_mask")}
         return graphs if wanted <= made else {}
+
+    def _check_transformers(self) -> None:
+        """Raise `BundleError` unless the second transformer is there exactly where a stage is."""
+        first, second = (
+            {
+                component.precision: (component.inputs, component.outputs)
+                for name, component in self.components.items()
+                if PurePosixPath(name).parts[0] == part
+            }
+            for part in TRANSFORMERS
+        )
+        if second != (first if self.second_stage else {}):
+            raise BundleError(
+                "a bundle has a second stage where it has graphs of transformer_2, each with the "
+                f"tensors of one of transformer, found the stage {self.second_stage} and "
+                f"transformer_2 in {sorted(second)} beside transformer in {sorted(first)}; export "
+                "it again"
+            )
 
     def update_for(self, history: int) -> Component:
         """The smallest update graph that holds `history` velocities; `KeyError` where none does."""

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from meancache_trt.calibration.baking import check_budgets
 from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
 from meancache_trt.calibration.velocity_field import BATCH_VALUES, VelocityField
@@ -26,6 +28,7 @@ from meancache_trt.export.pipeline import identify
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import check_guidance
 from meancache_trt.meancache.schedule import ModelReference, check_guidance_scale
+from meancache_trt.meancache.sigmas import SecondStage
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +43,8 @@ Report = Callable[[int, int], None]
 class RecordOptions:
     """What is recorded for calibration, at `size` (height, width) in pixels.
 
-    `guidance_scale`, `text_tokens` and `frames` of a video None mean the model's defaults. With
+    `guidance_scale`, `text_tokens` and `frames` of a video None mean the model's defaults, and
+    `guidance_scale_2`, which is that of a second stage, means the first one's. With
     `guidance_range` the samples' scales are spread over it instead. Sample i has prompt i (they
     repeat where there are fewer than `samples`) and seed i. `budgets` are what will be baked from
     it, so that one out of range is refused before the work.
@@ -52,6 +56,7 @@ class RecordOptions:
     steps: int = 50
     samples: int = 16
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     guidance_range: tuple[float, float] | None = None
     text_tokens: int | None = None
     budgets: tuple[int, ...] = ()
@@ -62,7 +67,8 @@ class RecordOptions:
                 f"calibration records at least one sample of one step, found {self.samples} of "
                 f"{self.steps}; give --samples and --steps of 1 or more"
             )
-        check_guidance_scale(self.guidance_scale)
+        for scale in (self.guidance_scale, self.guidance_scale_2):
+            check_guidance_scale(scale)
         self._check_range()
         check_budgets(self.budgets, self.steps)
 
@@ -112,8 +118,13 @@ class Recorder:
         )
         check_size(self._family, self._configs, self._size)
         guidance = self._family.guidance(self._configs)
-        for scale in (options.guidance_scale, *(options.guidance_range or ())):
+        for scale in (
+            options.guidance_scale,
+            options.guidance_scale_2,
+            *(options.guidance_range or ()),
+        ):
             check_guidance(guidance, scale)
+        self._second_stage = _second_stage(self._family, self._configs, options.guidance_scale_2)
 
     def record(
         self, directory: Path, *, note: Note, report: Report, is_forced: bool = False
@@ -138,6 +149,7 @@ class Recorder:
             model=ModelReference(name=model.name, digest=model.digest),
             text_tokens=self._text_tokens,
             guidance_range=self._options.guidance_range,
+            second_stage=self._second_stage,
         )
         return record(directory, settings, sampler, prompts, report)
 
@@ -197,7 +209,9 @@ class Recorder:
             frames=self._frames,
             guidance_scale=self._guidance_scale,
             guidance_argument=self._family.guidance_argument,
-            options=_call_options(self._family, self._configs, self._text_tokens),
+            options=_call_options(
+                self._family, self._configs, self._text_tokens, self._options.guidance_scale_2
+            ),
         )
 
     @property
@@ -208,7 +222,9 @@ class Recorder:
         return self._family.guidance(self._configs).default_scale if scale is None else scale
 
 
-def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[str, str | float]:
+def _call_options(
+    family: Family, configs: Configs, text_tokens: int, guidance_scale_2: float | None
+) -> dict[str, str | float]:
     """Further arguments, with which the diffusers pipeline does what a render does by default."""
     options: dict[str, str | float] = {}
     if family.text_tokens_argument:
@@ -217,4 +233,19 @@ def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[st
         options["negative_prompt"] = ""  # given none, diffusers leaves guidance out
     if family.guidance(configs).rule == "none":
         options[family.guidance_argument] = 0.0  # given none, ZImagePipeline guides
+    if guidance_scale_2 is not None:
+        options["guidance_scale_2"] = guidance_scale_2
     return options
+
+
+def _second_stage(family: Family, configs: Configs, scale: float | None) -> SecondStage | None:
+    """The pipeline's second stage, guided by `scale`. `InputError` for a scale without a stage."""
+    found = family.second_stage(configs) if family.second_stage else None
+    if scale is None:
+        return found
+    if found is None:
+        raise InputError(
+            f"a model of one transformer has one guidance scale, found a second, {scale:g}; leave "
+            "it out"
+        )
+    return msgspec.structs.replace(found, guidance_scale=scale)

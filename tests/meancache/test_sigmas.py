@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.sigmas import (
+    SecondStage,
     SigmaGrid,
     check_sigmas,
     dynamic_mu,
@@ -285,3 +286,29 @@ def test_difference_compares_frames_where_both_have_them() -> None:
     still, short, long = (make_grid(5, frames=frames) for frames in (None, 17, 61))
     assert short.difference(long) == "17 frames against 61"
     assert still.difference(long) is None
+
+
+def test_difference_compares_second_stages_where_both_have_them() -> None:
+    """A scheduler cannot see where its pipeline changes transformers."""
+    stages = [
+        SecondStage(boundary_timestep=875.0),
+        SecondStage(boundary_timestep=900.0),
+        SecondStage(boundary_timestep=875.0, guidance_scale=3.0),
+    ]
+    unseen, first, later, guided = (make_grid(5, second_stage=stage) for stage in (None, *stages))
+    assert first.difference(unseen) is unseen.difference(first) is None
+    assert first.difference(later) == ("second stage below timestep 875 against below timestep 900")
+    assert first.difference(guided) == (
+        "second stage below timestep 875 against below timestep 875, guidance scale 3"
+    )
+
+
+def test_a_grid_of_a_pipeline_has_the_second_stage_it_is_given() -> None:
+    stage = SecondStage(boundary_timestep=875.0)
+    assert grid_from_config({"shift": 3.0}, 5, second_stage=stage).second_stage == stage
+
+
+@pytest.mark.parametrize("timestep", [-1.0, float("inf"), float("nan")])
+def test_a_boundary_that_is_no_timestep_is_refused(timestep: float) -> None:
+    with pytest.raises(ScheduleError, match=f"0 or more and finite, found {timestep:g}"):
+        SecondStage(boundary_timestep=timestep)
