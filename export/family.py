@@ -12,15 +12,25 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import msgspec
+
 from meancache_trt.errors import ExportError, InputError
-from meancache_trt.manifest import GridRule, Guidance, Resolution, Role, TensorRecord, Tiling
+from meancache_trt.manifest import (
+    GridRule,
+    Guidance,
+    Resolution,
+    Role,
+    TensorRecord,
+    Tiling,
+    check_guidance,
+)
 from meancache_trt.meancache.sigmas import SecondStage
 
 if TYPE_CHECKING:
     import torch
 
 Configs = Mapping[str, Mapping[str, Any]]
-"""Component name in model_index.json -> its JSON configuration."""
+"""Component name in model_index.json -> its JSON configuration; "model_index" is that file."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +212,25 @@ class Family:
     def wrapper(self) -> Wrapper:
         """The module beside the spec that has its name and `_torch`, imported at the first call."""
         return cast("Wrapper", import_module(f"meancache_trt.export.{self.name}_torch"))
+
+
+def second_stage(
+    family: Family, configs: Configs, guidance_scale: float | None
+) -> SecondStage | None:
+    """The pipeline's second stage, guided by `guidance_scale`; None where it has none.
+
+    Raises `InputError` for a scale without a stage, or that the model cannot take.
+    """
+    check_guidance(family.guidance(configs), guidance_scale)
+    found = family.second_stage(configs) if family.second_stage else None
+    if guidance_scale is None:
+        return found
+    if found is None:
+        raise InputError(
+            "a model of one transformer has one guidance scale, found a second, "
+            f"{guidance_scale:g}; leave it out"
+        )
+    return msgspec.structs.replace(found, guidance_scale=guidance_scale)
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

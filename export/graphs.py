@@ -16,7 +16,7 @@ from meancache_trt.export.networks import (
     TextEncoder,
     Transformer,
     text_encoders,
-    transformer,
+    transformers,
     vae_decoder,
 )
 from meancache_trt.export.optimize import optimize
@@ -43,14 +43,14 @@ def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
 
     All weights are checked before anything is written.
     """
-    network = transformer(job)
-    models = (network, vae_decoder(job), *text_encoders(job))
+    networks = transformers(job)
+    models = (*networks, vae_decoder(job), *text_encoders(job))
     for model in models:
         model.check()
     for part in job.family.text_components:
         job.source.tensors(part)
     job.root.mkdir(parents=True, exist_ok=True)
-    yield "prepare", _preparation(job, network)
+    yield "prepare", _preparation(job, networks[0])
     job.report("update graphs")
     yield from _updates(job)
     for model in models:

@@ -7,6 +7,7 @@ from meancache_trt.export.family import Configs, Family, FrameRule, Signatures, 
 from meancache_trt.export.signatures import Text, grid_symbols, signatures, video
 from meancache_trt.export.tiles import space_axes
 from meancache_trt.manifest import Guidance, Tiling
+from meancache_trt.meancache.sigmas import SecondStage
 
 _PIPELINE_TEXT_TOKENS = 512  # WanPipeline.__call__
 _PIPELINE_SCALE = 5.0  # likewise; the card of 2.2 A14B says 4, and 3 for its second transformer
@@ -14,6 +15,8 @@ _PIPELINE_SCALE = 5.0  # likewise; the card of 2.2 A14B says 4, and 3 for its se
 # AutoencoderKLWan.__init__ and WanTransformer3DModel.__init__
 _SPATIAL, _TEMPORAL, _POSITIONS, _PATCH = 8, 4, 1024, (1, 2, 2)
 _TILE_PIXELS = (256, 192)  # a tile's pixels, and where the next begins
+
+_TRAIN_TIMESTEPS = 1000  # UniPCMultistepScheduler.__init__
 
 # The square nearest to 832 x 480, WanPipeline's default, and to the 1280 x 704 of 2.2 TI2V-5B's
 # card, whose VAE alone makes patches; with frames and frames a second, of the pipeline and the
@@ -132,6 +135,25 @@ def _tiling(configs: Configs) -> Tiling:
     return Tiling(space=() if _is_patched(configs) else axes)
 
 
+def _second_stage(configs: Configs) -> SecondStage | None:
+    """Where model_index.json has a boundary_ratio; `ExportError` unless both networks are alike."""
+    ratio = configs["model_index"].get("boundary_ratio")
+    if ratio is None:
+        return None
+    first, second = configs["transformer"], configs.get("transformer_2", {})
+    other = {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+    differing = sorted(key for key in other if not key.startswith("_"))
+    if differing:
+        raise ExportError(
+            f"model_index.json has boundary_ratio {ratio}, so transformer and transformer_2 are "
+            "two networks of one configuration, found "
+            + (f"other {', '.join(differing)}" if second else "no transformer_2")
+            + "; download the checkpoint again"
+        )
+    train_timesteps = configs["scheduler"].get("num_train_timesteps", _TRAIN_TIMESTEPS)
+    return SecondStage(boundary_timestep=ratio * train_timesteps)
+
+
 WAN = Family(
     name="wan",
     pipelines=("WanPipeline",),
@@ -152,4 +174,5 @@ WAN = Family(
     signatures=_signatures,
     frames=_frames,
     tiling=_tiling,
+    second_stage=_second_stage,
 )

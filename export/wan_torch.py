@@ -50,7 +50,7 @@ def _rotated(value: Tensor, tables: _Tables) -> Tensor:
     Tables are (S, D) and say everything twice. diffusers writes into an empty tensor instead.
     """
     cos, sin = tables[0][:, None, 0::2], tables[1][:, None, 1::2]
-    first, second = value.float().unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = value.float().reshape(*value.shape[:-1], -1, 2).unbind(-1)
     parts = (first * cos - second * sin, first * sin + second * cos)
     return torch.stack(parts, dim=-1).flatten(-2).type_as(value)
 
@@ -157,9 +157,9 @@ def _resample(resampler: Any, video: Tensor, *_: Any, **__: Any) -> Tensor:
         doubled = pairs.reshape(batch, channels, 2 * frames, height, width)
         video = torch.cat([first, doubled[:, :, 2:]], dim=2)
     batch, _channels, frames = video.shape[:3]
-    pictures = resampler.resample(video.transpose(1, 2).flatten(0, 1))
-    resampled: Tensor = pictures.unflatten(0, (batch, frames)).transpose(1, 2)
-    return resampled
+    pictures: Tensor = resampler.resample(video.transpose(1, 2).flatten(0, 1))
+    resampled: Tensor = pictures.reshape(batch, frames, *pictures.shape[1:])
+    return resampled.transpose(1, 2)
 
 
 def _double(_: Any, frame: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from meancache_trt.calibration.baking import bake_schedules
+from meancache_trt.calibration.recording import scheduler_replaced
 from meancache_trt.calibration.trajectories import Array, Trajectories
 from meancache_trt.errors import CalibrationError, InputError
 from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.meancache.euler_scheduler import EulerScheduler, euler_options
 from meancache_trt.record import Recorder, RecordOptions
 from tests.export import (
     tiny_flux,
@@ -82,7 +84,8 @@ def test_pictures_are_those_of_the_pipeline(recorder: Recorder, recorded: Trajec
     pipeline, call = recorder.pipeline, recorder.call
     first = next(iter(recorded))
     arguments = {**call.arguments(first.prompt), "output_type": "pt"}
-    with torch.inference_mode():
+    euler = EulerScheduler.from_config(euler_options(pipeline.scheduler))  # where it is UniPC
+    with torch.inference_mode(), scheduler_replaced(pipeline, euler):
         output = pipeline(**arguments)
     made = output.frames[0].movedim(1, -1) if hasattr(output, "frames") else output.images[0]
     wanted = made if made.shape[-1] == 3 else made.movedim(0, -1)

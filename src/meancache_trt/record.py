@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from meancache_trt.calibration.baking import check_budgets
 from meancache_trt.calibration.trajectories import Prompt, Trajectories, discard, record
 from meancache_trt.calibration.velocity_field import BATCH_VALUES, VelocityField
@@ -23,12 +21,12 @@ from meancache_trt.export.family import (
     check_size,
     default_frames,
     resolution,
+    second_stage,
 )
 from meancache_trt.export.pipeline import identify
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import check_guidance
 from meancache_trt.meancache.schedule import ModelReference, check_guidance_scale
-from meancache_trt.meancache.sigmas import SecondStage
 
 if TYPE_CHECKING:
     import torch
@@ -113,18 +111,12 @@ class Recorder:
     def __init__(self, checkpoint: Checkpoint, options: RecordOptions) -> None:
         self._checkpoint, self._options = checkpoint, options
         self._family = detect(checkpoint.path)
-        self._configs = checkpoint.configs(
-            ("transformer", "vae", "scheduler", *self._family.text_components)
-        )
+        self._configs = checkpoint.model_configs(self._family.text_components)
         check_size(self._family, self._configs, self._size)
         guidance = self._family.guidance(self._configs)
-        for scale in (
-            options.guidance_scale,
-            options.guidance_scale_2,
-            *(options.guidance_range or ()),
-        ):
+        for scale in (options.guidance_scale, *(options.guidance_range or ())):
             check_guidance(guidance, scale)
-        self._second_stage = _second_stage(self._family, self._configs, options.guidance_scale_2)
+        self._second_stage = second_stage(self._family, self._configs, options.guidance_scale_2)
 
     def record(
         self, directory: Path, *, note: Note, report: Report, is_forced: bool = False
@@ -236,16 +228,3 @@ def _call_options(
     if guidance_scale_2 is not None:
         options["guidance_scale_2"] = guidance_scale_2
     return options
-
-
-def _second_stage(family: Family, configs: Configs, scale: float | None) -> SecondStage | None:
-    """The pipeline's second stage, guided by `scale`. `InputError` for a scale without a stage."""
-    found = family.second_stage(configs) if family.second_stage else None
-    if scale is None:
-        return found
-    if found is None:
-        raise InputError(
-            f"a model of one transformer has one guidance scale, found a second, {scale:g}; leave "
-            "it out"
-        )
-    return msgspec.structs.replace(found, guidance_scale=scale)
