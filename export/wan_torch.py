@@ -182,7 +182,9 @@ class _Decoder(nn.Module):
         # As WanPipeline has it, where the second division rounds otherwise than a product.
         unscaled = latent / (1.0 / self.get_buffer("std")) + self.get_buffer("mean")
         with replaced((WanResample, "forward", _resample), (WanUpsample, "forward", _double)):
-            video = vae.decoder(vae.post_quant_conv(unscaled.to(vae.dtype)), first_chunk=True)
+            video: Tensor = vae.decoder(
+                vae.post_quant_conv(unscaled.to(vae.dtype)), first_chunk=True
+            )
         if vae.config.patch_size is not None:
             video = unpatchify(video, vae.config.patch_size)
         return video.float() * 0.5 + 0.5  # VaeImageProcessor.denormalize, which clips afterwards

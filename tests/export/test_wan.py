@@ -14,6 +14,7 @@ from meancache_trt.export import detect, wan_torch
 from meancache_trt.export.family import Configs, Size, check_size, default_frames, resolution
 from meancache_trt.export.trace import build_network
 from meancache_trt.export.wan import WAN
+from meancache_trt.meancache.sigmas import SecondStage
 from tests.export.tiny_wan import (
     tiny_5b,
     tiny_a14b,
@@ -100,6 +101,36 @@ def test_a_transformer_that_is_not_for_text_to_video_is_refused(
 def test_a_token_of_several_frames_or_no_square_is_refused(patch: list[int]) -> None:
     with pytest.raises(ExportError, match="expected one latent frame and a square"):
         WAN.multiple(changed("transformer", patch_size=patch))
+
+
+def staged(**changes: Any) -> Configs:
+    index = {"boundary_ratio": 0.875}
+    parts = {**A14B, "model_index": index, "scheduler": {}, "transformer_2": A14B["transformer"]}
+    return {**parts, **changes}
+
+
+def test_the_second_stage_begins_below_the_boundary() -> None:
+    assert WAN.second_stage is not None
+    assert WAN.second_stage(staged()) == SecondStage(boundary_timestep=875.0)
+    shorter = staged(scheduler={"num_train_timesteps": 500})
+    assert WAN.second_stage(shorter) == SecondStage(boundary_timestep=437.5)
+    assert WAN.second_stage(staged(model_index={"boundary_ratio": None})) is None
+    assert WAN.second_stage({**A14B, "model_index": {}}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transformer_2": {**A14B["transformer"], "num_layers": 30}}, "found other num_layers"),
+        ({"transformer_2": {}}, "found no transformer_2"),
+    ],
+)
+def test_a_second_stage_of_another_network_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    assert WAN.second_stage is not None
+    with pytest.raises(ExportError, match=message):
+        WAN.second_stage(staged(**changes))
 
 
 def fail_within_the_transformer_graph(network: Any) -> None:
