@@ -141,6 +141,9 @@ def test_what_the_model_cannot_take_is_refused_before_the_work(tmp_path: Path) -
     below = RecordOptions(size=(32, 48), prompts=("a",), guidance_range=(0.5, 4.0))
     with pytest.raises(InputError, match=r"at least 1, .*found 0\.5"):
         Recorder(Checkpoint(folder), below)
+    second = RecordOptions(size=(32, 48), prompts=("a",), guidance_scale_2=3.0)
+    with pytest.raises(InputError, match="one transformer has one guidance scale, found a second"):
+        Recorder(Checkpoint(folder), second)
 
 
 def test_a_scale_out_of_range_is_refused_before_the_work() -> None:

@@ -18,6 +18,7 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.cli import cli
 from meancache_trt.engine_transformer import EngineTransformer
 from meancache_trt.errors import BundleError, InputError, ScheduleError
+from meancache_trt.graphs import Graphs
 from meancache_trt.manifest import Exported, Guidance, batch_symbols
 from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.runtime import Graph
@@ -41,7 +42,7 @@ BOUNDARY = 750.0
 """Between the steps of NODES, whose history of up to two velocities so crosses it."""
 
 TOLERANCE = 1e-4
-"""Latents near 5 after five guided evaluations, float32 sums in another order; measured 4e-6."""
+"""Latents up to 4 after five guided evaluations, float32 sums in another order; measured 3.5e-6."""
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +106,7 @@ class Direct:
         prepare = self._bundle.export.components["prepare"].inputs
         given = {"noise": noise, **conditioning}
         tables = self.run("prepare", {name: given[name] for name in prepare})
-        latent, tables["hidden_states"] = tables["latent"], tables.pop("model_input")
-        latent = tables.pop("latent")
+        latent, _ = tables.pop("latent"), tables.pop("model_input")
         velocities: list[NDArray[np.float32]] = []
         rows = zip(schedule.timesteps(), schedule.table(len(NODES)), strict=True)
         for timestep, row in rows:
@@ -151,17 +151,16 @@ def test_each_row_runs_its_transformer_under_its_guidance_over_one_history(
     staged = with_stage(bundle, stage)
     schedule = schedule_of(staged)
     assert set(schedule.transformers()) == {"transformer", "transformer_2"}
-    graphs = type(pipeline.graphs)(staged, pipeline.runtime)
-    session = Session(graphs, schedule, staged.export.resolution, batch=batch)
+    session = Session(
+        Graphs(staged, pipeline.runtime), schedule, staged.export.resolution, batch=batch
+    )
     noise, conditioning = inputs_of(staged, batch)
     for scale in (4.0, 3.0):  # a constant is no picture's
         found = session.denoise(noise, conditioning, scale).latents
         scales = (scale, scale if own is None else own)
         expected = Direct(staged).latents(schedule, noise, conditioning, scales)
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
-    others = Direct(staged).latents(
-        msgspec.structs.replace(schedule), noise, conditioning, (scale, 7.0)
-    )
+    others = Direct(staged).latents(schedule, noise, conditioning, (scale, 7.0))
     assert np.abs(found - others).max() > 100 * TOLERANCE
 
 
@@ -244,7 +243,7 @@ def test_a_stage_and_its_graphs_are_there_together(plain: Bundle, bundle: Bundle
     assert reopened(bundle.export) == bundle.export
     with pytest.raises(BundleError, match=r"transformer_2, .*found the stage below timestep 750"):
         reopened(plain.export, second_stage=stage)
-    with pytest.raises(BundleError, match=r"transformer_2 in .*; export it again"):
+    with pytest.raises(BundleError, match=r"the stage None and transformer_2 in .* beside"):
         reopened(bundle.export, second_stage=None)
     components.pop("transformer_2/bfloat16")
     with pytest.raises(BundleError, match=r"\['float32'\] beside .*\['bfloat16', 'float32'\]"):

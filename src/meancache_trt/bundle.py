@@ -29,9 +29,10 @@ from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.manifest import Component, Exported, Resolution
 from meancache_trt.meancache.files import (
     atomic_write,
-    decode_json,
+    decode_text,
     encode_json,
     made_directory,
+    read_bytes,
     write_json,
 )
 from meancache_trt.meancache.hashing import digest_of, sha256_of, verified_sha256
@@ -320,16 +321,27 @@ def _read_manifest(directory: Path) -> Manifest:
             f"expected a bundle at {directory}, found {what}; make one with "
             f"`meancache-trt build MODEL -o {directory}`"
         )
+    text = read_bytes(path)
     try:
-        manifest = decode_json(path, Manifest, BundleError)
+        manifest = decode_text(text, Manifest, BundleError)
     except BundleError as error:
         raise BundleError(f"{path}: {error}; build the bundle again") from error
-    if manifest.sealed().digest != manifest.digest:
+    if not _has_its_digest(text, manifest.digest):
         raise BundleError(
             f"{path} does not have the digest that it states, so it was edited or damaged; build "
             "the bundle again"
         )
     return manifest
+
+
+def _has_its_digest(text: bytes, digest: str) -> bool:
+    """Whether it is that of the text in which it is "".
+
+    Of the text as it stands, since a bundle of an older version lacks fields that this one writes.
+    """
+    endings = [f'\n "digest": "{value}"\n}}\n'.encode() for value in (digest, "")]
+    rest = text.removesuffix(endings[0])
+    return rest != text and digest_of(rest + endings[1]) == digest
 
 
 def _check_files(directory: Path, manifest: Manifest, *, is_full_check: bool) -> None:

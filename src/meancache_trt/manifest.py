@@ -369,8 +369,7 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise BundleError(
                 "a bundle has a second stage where it has graphs of transformer_2, each with the "
                 f"tensors of one of transformer, found the stage {self.second_stage} and "
-                f"transformer_2 in {sorted(second)} beside transformer in {sorted(first)}; export "
-                "it again"
+                f"transformer_2 in {sorted(second)} beside transformer in {sorted(first)}"
             )
 
     def update_for(self, history: int) -> Component:
