@@ -84,10 +84,9 @@ def exported(pipeline: WanPipeline, directory: Path, **options: Any) -> tuple[Pa
             folder,
             target,
             height=HEIGHT,
-            width=WIDTH,
             frames=FRAMES,
             text_tokens=TEXT_TOKENS,
-            **options,
+            **{"width": WIDTH, **options},
         )
 
     return folder, create_bundle(directory / "tiny.mcb", fill, {})
@@ -258,7 +257,7 @@ def test_every_input_reaches_the_velocity(a14b: tuple[Path, Bundle]) -> None:
     base = graphs.run("transformer", feeds)["velocity"]
     assert np.abs(graphs.run("transformer_2", feeds)["velocity"] - base).max() > 1e-2
     for name in ("timestep", "encoder_hidden_states", "hidden_states", "rope_cos", "rope_sin"):
-        moved = {**feeds, name: np.roll(feeds[name], 2, axis=-1)}
+        moved = {**feeds, name: feeds[name] * np.float32(0.5)}
         assert np.abs(graphs.run("transformer", moved)["velocity"] - base).max() > 1e-4, name
 
 
@@ -298,9 +297,10 @@ def test_schedule_rows_name_the_transformer_that_the_pipeline_would_call(
         )
     with Pipeline(a14b[1], embedding_cache="off") as pipeline:
         subject = Subject(pipe, a14b[1], pipeline)
-        schedule = subject.schedule("euler", [0, 1, 2, 3, 7])
+        schedule = subject.schedule("euler", [0, 1, 3, 4, 7])
         with_scheduler(subject, schedule)
     assert tuple(called[::2]) == schedule.transformers()  # twice each, for guidance
+    assert schedule.timesteps()[2] == 875.0  # which is the first one's yet
     assert schedule.transformers() == ("transformer",) * 3 + ("transformer_2",) * 2
 
 
@@ -381,7 +381,7 @@ def test_calibration_records_both_transformers(a14b: tuple[Path, Bundle], tmp_pa
 
 def test_timesteps_of_each_token_and_patches_of_pixels_are_followed(tmp_path: Path) -> None:
     pipe = tiny_5b()
-    _, bundle = exported(pipe, tmp_path)
+    _, bundle = exported(pipe, tmp_path, width=64)
     with Pipeline(bundle, embedding_cache="off") as pipeline:
         subject = Subject(pipe, bundle, pipeline)
         (found,) = pipeline.render(
@@ -392,8 +392,8 @@ def test_timesteps_of_each_token_and_patches_of_pixels_are_followed(tmp_path: Pa
             schedule=subject.schedule("unipc"),
             noise="torch",
         )
-    assert np.abs(found.latent - diffusers_video(subject)).max() <= LATENT_TOLERANCE
-    video = diffusers_video(subject, output_type="np")
+    latent, video = (diffusers_video(subject, width=64, output_type=o) for o in ("latent", "np"))
+    assert np.abs(found.latent - latent).max() <= LATENT_TOLERANCE
     np.testing.assert_allclose(found.pixels, video, rtol=0, atol=1e-4)
     pipe.transformer = EngineTransformer(bundle)
-    assert np.abs(found.latent - diffusers_video(subject)).max() <= LATENT_TOLERANCE
+    assert np.abs(diffusers_video(subject, width=64) - latent).max() <= LATENT_TOLERANCE

@@ -23,7 +23,7 @@ from meancache_trt.engine.native import NativeLibrary
 from meancache_trt.meancache.schedule import bake
 from meancache_trt.render import Pipeline
 from tests.conftest import OFFICIAL, STEPS
-from tests.export import tiny_z_image
+from tests.export import tiny_wan, tiny_z_image
 
 PROMPT, NEGATIVE = "a small red circle at the top left", "a blue square"
 
@@ -91,11 +91,13 @@ class Subject:
         return self.conditioning.tensors
 
 
-@pytest.fixture(scope="session", params=["flux", "qwen_image", "hunyuan_video", "z_image"])
+@pytest.fixture(scope="session", params=["flux", "qwen_image", "hunyuan_video", "z_image", "wan"])
 def subject(
     request: pytest.FixtureRequest, shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Subject:
-    """Each of the three stand-ins: an image, true CFG, and a video; and tables of each sample."""
+    """Each of the three stand-ins: an image, true CFG, and a video; and without a stand-in tables
+    of each sample, and a video with true CFG on UniPC's grid.
+    """
     if request.param == "flux":
         return _subject(shared_bundle)
     base = tmp_path_factory.getbasetemp()
@@ -122,9 +124,10 @@ def _subject(bundle: Path) -> Subject:
 
 def _model(name: str, folder: Path) -> str:
     """The stand-in, or of a family that has none a tiny random pipeline."""
-    if name != "z_image":
+    tiny = {"z_image": tiny_z_image, "wan": tiny_wan}
+    if name not in tiny:
         return f"standin/{name}"
-    tiny_z_image.tiny_pipeline().save_pretrained(folder)
+    tiny[name].tiny_pipeline().save_pretrained(folder)
     return str(folder)
 
 
