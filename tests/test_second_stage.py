@@ -19,7 +19,7 @@ from meancache_trt.cli import cli
 from meancache_trt.engine_transformer import EngineTransformer
 from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.graphs import Graphs
-from meancache_trt.manifest import Exported, Guidance, batch_symbols
+from meancache_trt.manifest import Exported, Guidance
 from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.runtime import Graph
 from meancache_trt.meancache.schedule import Schedule, bake
@@ -32,9 +32,7 @@ from meancache_trt.session import Session
 from tests.engine_transformer.conftest import made
 from tests.engine_transformer.subjects import VELOCITY_TOLERANCE, Subject, qwen_call
 from tests.export.families import shared_export
-from tests.two_stages import WEIGHT_SCALE, with_second_stage
-
-Arrays = dict[str, NDArray[Any]]
+from tests.two_stages import WEIGHT_SCALE, Arrays, inputs_of, with_second_stage
 
 STEPS = 8
 NODES = (0, 1, 3, 4, 6)
@@ -127,19 +125,6 @@ def guided(both: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
     combined = unconditional + np.float32(scale) * (conditional - unconditional)
     lengths = [np.linalg.norm(v, axis=-1, keepdims=True) for v in (conditional, combined)]
     return combined * (lengths[0] / lengths[1])
-
-
-def inputs_of(bundle: Bundle, batch: int) -> tuple[NDArray[np.float32], Arrays]:
-    random, size = np.random.default_rng(3), bundle.export.resolution
-    sizes = {**size.symbols, **batch_symbols(batch)}
-    conditioning: Arrays = {}
-    for name, record in bundle.export.components["transformer"].inputs.items():
-        shape = record.resolved(sizes)
-        if record.role == "conditioning":
-            conditioning[name] = random.standard_normal(shape).astype(np.float32)
-        elif record.role == "text_mask":
-            conditioning[name] = np.ones(shape, record.dtype)
-    return random.standard_normal((batch, *size.noise_shape)).astype(np.float32), conditioning
 
 
 @pytest.mark.parametrize("own", [2.5, None])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from meancache_trt.bundle import MANIFEST, Bundle, create_bundle
 from meancache_trt.export.safetensors_file import read_tensors
-from meancache_trt.manifest import Component, Exported
+from meancache_trt.manifest import Component, Exported, batch_symbols
 from meancache_trt.meancache.hashing import sha256_of
 from meancache_trt.meancache.sigmas import SecondStage
+
+Arrays = dict[str, NDArray[Any]]
 
 WEIGHT_SCALE = 1.25
 """What the second transformer's weights are of the first one's: enough to be another network."""
@@ -58,6 +62,20 @@ def scale_weights(file: Path) -> None:
             values = np.frombuffer(opened.read(tensor.length), "<f4") * np.float32(WEIGHT_SCALE)
             opened.seek(tensor.offset)
             opened.write(values.tobytes())
+
+
+def inputs_of(bundle: Bundle, batch: int) -> tuple[NDArray[np.float32], Arrays]:
+    """Noise, and conditioning of prompts and negative prompts of the full text length."""
+    random, size = np.random.default_rng(3), bundle.export.resolution
+    sizes = {**size.symbols, **batch_symbols(batch)}
+    conditioning: Arrays = {}
+    for name, record in bundle.export.components["transformer"].inputs.items():
+        shape = record.resolved(sizes)
+        if record.role == "conditioning":
+            conditioning[name] = random.standard_normal(shape).astype(np.float32)
+        elif record.role == "text_mask":
+            conditioning[name] = np.ones(shape, record.dtype)
+    return random.standard_normal((batch, *size.noise_shape)).astype(np.float32), conditioning
 
 
 def _second(component: Component, directory: Path) -> Component:

@@ -361,7 +361,7 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             {
                 component.precision: (component.inputs, component.outputs)
                 for name, component in self.components.items()
-                if PurePosixPath(name).parts[0] == part
+                if name.partition("/")[0] == part
             }
             for part in TRANSFORMERS
         )
