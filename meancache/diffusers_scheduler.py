@@ -42,6 +42,10 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     `save_pretrained` and `from_pretrained` keep it; the stock scheduler reads the same file and
     ignores it.
 
+    A pipeline of two transformers chooses between them itself, by the timesteps that it is given:
+    those of the nodes, so that it runs what the schedule's rows name. One history holds the
+    velocities of both.
+
     The guidance scale acts inside the pipeline and cannot be seen here: pass the one that
     `schedule.guidance_scale` names. A pipeline that enters the grid midway by itself, as
     image-to-image does with a strength below 1, gets a `ScheduleError`: see `for_strength`.
@@ -280,7 +284,8 @@ def stock_grid(
 ) -> SigmaGrid:
     """The grid that the stock `set_timesteps` has just left in `scheduler`.
 
-    `sigmas` and `mu` are what it was given. Raises `ScheduleError` where sigmas do not descend.
+    `sigmas` and `mu` are what it was given. Of a second stage a scheduler knows nothing. Raises
+    `ScheduleError` where sigmas do not descend.
     """
     config, steps = scheduler.config, len(scheduler.timesteps)
     is_dynamic = config.use_dynamic_shifting

@@ -27,6 +27,7 @@ from meancache_trt.meancache.sigmas import SecondStage, SigmaGrid
 from meancache_trt.production.batch_sizes import choose_batch, is_exact
 from meancache_trt.production.tickets import Group
 from meancache_trt.render import Pipeline
+from meancache_trt.second_stage import check_second_stage
 from meancache_trt.selection import pipeline_grid
 from meancache_trt.session import Session
 from tests.engine_transformer.conftest import made
@@ -217,30 +218,29 @@ def test_a_session_takes_no_schedule_that_was_not_fitted(pipeline: Pipeline) -> 
         Session(pipeline.graphs, bake("ab2", grid, NODES), pipeline.resolution())
 
 
-def reopened(export: Exported, **changes: Any) -> Exported:
-    """As a manifest with these changes would be read."""
-    fields = {**msgspec.to_builtins(export), **msgspec.to_builtins(changes)}
-    return msgspec.convert(fields, Exported)
+def check(export: Exported, **changes: Any) -> None:
+    check_second_stage(msgspec.structs.replace(export, **changes))
 
 
 def test_a_stage_and_its_graphs_are_there_together(plain: Bundle, bundle: Bundle) -> None:
     stage, components = bundle.export.second_stage, dict(bundle.export.components)
-    assert reopened(bundle.export) == bundle.export
+    check(bundle.export)
+    check(plain.export)
     with pytest.raises(BundleError, match=r"transformer_2, .*found the stage below timestep 750"):
-        reopened(plain.export, second_stage=stage)
+        check(plain.export, second_stage=stage)
     with pytest.raises(BundleError, match=r"the stage None and transformer_2 in .* beside"):
-        reopened(bundle.export, second_stage=None)
+        check(bundle.export, second_stage=None)
     components.pop("transformer_2/bfloat16")
     with pytest.raises(BundleError, match=r"\['float32'\] beside .*\['bfloat16', 'float32'\]"):
-        reopened(bundle.export, components=components)
+        check(bundle.export, components=components)
 
 
 def test_a_second_guidance_scale_is_one_that_the_model_can_take(bundle: Bundle) -> None:
     low = SecondStage(boundary_timestep=BOUNDARY, guidance_scale=0.5)
     with pytest.raises(InputError, match=r"at least 1, which leaves .*found 0.5"):
-        reopened(bundle.export, second_stage=low)
+        check(bundle.export, second_stage=low)
     with pytest.raises(InputError, match=r"classifier-free guidance only, found 2.5"):
-        reopened(bundle.export, guidance=Guidance("embedded", 3.5))
+        check(bundle.export, guidance=Guidance("embedded", 3.5))
 
 
 # ------------------------------------------------------------------------------ beside the loop

@@ -224,7 +224,6 @@ Exported read_export(const Json& json) {
   }
   exported.second_stage = maybe(object.nullable("second_stage"), read_second_stage);
   object.close();
-  exported.check_second_stage();
   return exported;
 }
 
@@ -280,6 +279,7 @@ Manifest parse_manifest(std::string_view text, const std::string& path) {
   try {
     const JsonValue root = parse_json(text);
     manifest = decode(Json(root));
+    manifest.exported.check_second_stage();
   } catch (const JsonTypeError& fault) {
     throw Error(MCT_BUNDLE_ERROR,
                 path + ": not a valid manifest file: " + fault.what() + "; build the bundle again");
