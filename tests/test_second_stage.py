@@ -33,7 +33,13 @@ from meancache_trt.session import Session
 from tests.engine_transformer.conftest import made
 from tests.engine_transformer.subjects import VELOCITY_TOLERANCE, Subject, qwen_call
 from tests.export.families import shared_export
-from tests.two_stages import WEIGHT_SCALE, Arrays, inputs_of, with_second_stage
+from tests.two_stages import (
+    WEIGHT_SCALE,
+    Arrays,
+    inputs_of,
+    with_export,
+    with_second_stage,
+)
 
 STEPS = 8
 NODES = (0, 1, 3, 4, 6)
@@ -233,6 +239,15 @@ def test_a_stage_and_its_graphs_are_there_together(plain: Bundle, bundle: Bundle
     components.pop("transformer_2/bfloat16")
     with pytest.raises(BundleError, match=r"\['float32'\] beside .*\['bfloat16', 'float32'\]"):
         check(bundle.export, components=components)
+
+
+def test_a_stage_is_part_of_a_bundles_identity(bundle: Bundle, tmp_path: Path) -> None:
+    for number, scale in enumerate((2.5, 3.0)):
+        stage = SecondStage(boundary_timestep=BOUNDARY, guidance_scale=scale)
+        export = msgspec.structs.replace(bundle.export, second_stage=stage)
+        again = with_export(bundle, tmp_path / str(number), export)
+        is_same = again.manifest.bundle_id == bundle.manifest.bundle_id
+        assert is_same == (stage == bundle.export.second_stage)
 
 
 def test_a_second_guidance_scale_is_one_that_the_model_can_take(bundle: Bundle) -> None:

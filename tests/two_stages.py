@@ -26,8 +26,7 @@ def with_second_stage(source: Bundle, directory: Path, second_stage: SecondStage
     """A copy of `source` with a transformer_2, whose weights are those of the first, scaled."""
 
     def fill(target: Path) -> Exported:
-        ignored = shutil.ignore_patterns(MANIFEST, "schedules", ".lock")
-        shutil.copytree(source.directory, target, dirs_exist_ok=True, ignore=ignored)
+        _copy(source, target)
         shutil.copytree(target / "transformer", target / "transformer_2")
         for file in (target / "transformer_2").glob("*.safetensors"):
             scale_weights(file)
@@ -36,6 +35,21 @@ def with_second_stage(source: Bundle, directory: Path, second_stage: SecondStage
         return two_staged(source.export, second_stage, target)
 
     return create_bundle(directory, fill, {})
+
+
+def with_export(source: Bundle, directory: Path, export: Exported) -> Bundle:
+    """A copy of `source` whose manifest says this of it."""
+
+    def fill(target: Path) -> Exported:
+        _copy(source, target)
+        return export
+
+    return create_bundle(directory, fill, {})
+
+
+def _copy(source: Bundle, target: Path) -> None:
+    ignored = shutil.ignore_patterns(MANIFEST, "schedules", ".lock")
+    shutil.copytree(source.directory, target, dirs_exist_ok=True, ignore=ignored)
 
 
 def two_staged(export: Exported, second_stage: SecondStage, directory: Path) -> Exported:

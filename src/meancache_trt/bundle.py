@@ -9,8 +9,8 @@
 
 A bundle is built in a temporary directory and renamed, so that it is there whole or not at all.
 Schedules and plans are added later, each by an atomic write under a lock; so are resolutions, which
-are entries of the manifest alone. `bundle_id` covers graphs and weights, not what is added:
-pictures with one `bundle_id` and one schedule are comparable.
+are entries of the manifest alone. `bundle_id` covers graphs, weights and the second stage, not what
+is added: pictures with one `bundle_id` and one schedule are comparable.
 """
 
 from __future__ import annotations
@@ -290,7 +290,8 @@ def _write_manifest(building: Path, exported: Exported, tools: dict[str, str]) -
         name = path.relative_to(building).as_posix()
         files[name] = FileRecord(path.stat().st_size, hashed.get(name) or sha256_of(path))
     contents = [(name, record.sha256) for name, record in files.items()]
-    bundle_id = digest_of(encode_json([exported.family, contents]))
+    stages = [] if exported.second_stage is None else [exported.second_stage]
+    bundle_id = digest_of(encode_json([exported.family, contents, *stages]))
     manifest = Manifest(bundle_id=bundle_id, tools=tools, export=exported, files=files)
     write_json(building / MANIFEST, manifest.sealed())
 
