@@ -15,7 +15,9 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from meancache_trt.bundle import Bundle
+from meancache_trt.calibration.trajectories import Prompt, Settings, Trajectories
 from meancache_trt.cli import cli
+from meancache_trt.engine_field import EngineField
 from meancache_trt.engine_transformer import EngineTransformer
 from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.graphs import Graphs
@@ -108,22 +110,35 @@ class Direct:
         conditioning: Arrays,
         scales: tuple[float, float],
     ) -> NDArray[np.float32]:
-        prepare = self._bundle.export.components["prepare"].inputs
-        given = {"noise": noise, **conditioning}
-        tables = self.run("prepare", {name: given[name] for name in prepare})
-        latent, _ = tables.pop("latent"), tables.pop("model_input")
+        latent = self.prepared(noise, conditioning)["latent"]
         velocities: list[NDArray[np.float32]] = []
         rows = zip(schedule.timesteps(), schedule.table(len(NODES)), strict=True)
         for timestep, row in rows:
-            stage = int(timestep < BOUNDARY)
-            name = ("transformer", "transformer_2")[stage]
-            fed = np.full(2 * len(latent), timestep * np.float64(1e-3), np.float32)
-            feeds = {**conditioning, **tables, "timestep": fed}
-            feeds["hidden_states"] = np.concatenate([latent, latent])
-            velocities.insert(0, guided(self.run(name, feeds)["velocity"], scales[stage]))
+            velocities.insert(0, self.velocity(timestep, latent, noise, conditioning, scales))
             for weight, velocity in zip(row, velocities, strict=False):
                 latent = latent + weight * velocity
         return latent
+
+    def prepared(self, noise: NDArray[np.float32], conditioning: Arrays) -> Arrays:
+        given = {"noise": noise, **conditioning}
+        names = self._bundle.export.components["prepare"].inputs
+        return self.run("prepare", {name: given[name] for name in names})
+
+    def velocity(
+        self,
+        timestep: float,
+        latent: NDArray[np.float32],
+        noise: NDArray[np.float32],
+        conditioning: Arrays,
+        scales: tuple[float, float],
+    ) -> NDArray[np.float32]:
+        stage = int(timestep < BOUNDARY)
+        name = ("transformer", "transformer_2")[stage]
+        made = {**self.prepared(noise, conditioning), **conditioning}
+        made["timestep"] = np.full(2 * len(latent), timestep * np.float64(1e-3), np.float32)
+        made["hidden_states"] = np.concatenate([latent, latent])
+        feeds = {key: made[key] for key in self._bundle.export.components[name].inputs}
+        return guided(self.run(name, feeds)["velocity"], scales[stage])
 
 
 def guided(both: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
@@ -154,6 +169,28 @@ def test_each_row_runs_its_transformer_under_its_guidance_over_one_history(
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
     others = Direct(staged).latents(schedule, noise, conditioning, (scale, 7.0))
     assert np.abs(found - others).max() > 100 * TOLERANCE
+
+
+def test_schedules_are_calibrated_with_the_transformer_of_each_step(
+    bundle: Bundle, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """The recorded grid names the stage, so that a bundle of another one is refused."""
+    settings = Settings(grid=grid_of(bundle), guidance_scale=4.0)
+    field = EngineField(pipeline, Trajectories(tmp_path, settings, ()), tmp_path, batch=1)
+    noise, _ = inputs_of(bundle, 1)
+    texts = [pipeline.encode([text]) for text in ("a fox", "")]
+    conditioning = dict(texts[0].followed_by(texts[1]).tensors)
+    latent = Direct(bundle).prepared(noise, conditioning)["latent"]
+    for step in (1, STEPS - 2):
+        found = field([Prompt("a fox")], latent.reshape(1, -1), step)
+        timestep = settings.grid.timesteps[step]
+        expected = Direct(bundle).velocity(timestep, latent, noise, conditioning, (4.0, 2.5))
+        np.testing.assert_allclose(found, expected.reshape(1, -1), rtol=0, atol=TOLERANCE)
+    stage = SecondStage(boundary_timestep=BOUNDARY, guidance_scale=3.0)
+    grid = msgspec.structs.replace(settings.grid, second_stage=stage)
+    other = msgspec.structs.replace(settings, grid=grid)
+    with pytest.raises(ScheduleError, match=r"'the recording' was calibrated .* second stage"):
+        EngineField(pipeline, Trajectories(tmp_path, other, ()), tmp_path, batch=1)
 
 
 def test_only_the_transformers_that_a_schedule_names_are_loaded(pipeline: Pipeline) -> None:
