@@ -44,6 +44,10 @@ class MeanCacheScheduler(EulerScheduler):
     `save_pretrained` and `from_pretrained` keep it; the stock scheduler reads the same file and
     ignores it.
 
+    A pipeline of two transformers chooses between them itself, by the timesteps that it is given:
+    those of the nodes, so that it runs what the schedule's rows name. One history holds the
+    velocities of both.
+
     The guidance scale acts inside the pipeline and cannot be seen here: pass the one that
     `schedule.guidance_scale` names. A pipeline that enters the grid midway by itself, as
     image-to-image does with a strength below 1, gets a `ScheduleError`: see `for_strength`.

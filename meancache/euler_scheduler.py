@@ -148,7 +148,8 @@ def stock_grid(
 ) -> SigmaGrid:
     """The grid that the stock `set_timesteps` has just left in `scheduler`.
 
-    `sigmas` and `mu` are what it was given. Raises `ScheduleError` where sigmas do not descend.
+    `sigmas` and `mu` are what it was given. Of a second stage a scheduler knows nothing. Raises
+    `ScheduleError` where sigmas do not descend.
     """
     config, steps = scheduler.config, len(scheduler.timesteps)
     is_dynamic, is_flow = config.use_dynamic_shifting, config.get("use_flow_sigmas", False)

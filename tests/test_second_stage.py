@@ -15,11 +15,13 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from meancache_trt.bundle import Bundle
+from meancache_trt.calibration.trajectories import Prompt, Settings, Trajectories
 from meancache_trt.cli import cli
+from meancache_trt.engine_field import EngineField
 from meancache_trt.engine_transformer import EngineTransformer
 from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.graphs import Graphs
-from meancache_trt.manifest import Exported, Guidance, batch_symbols
+from meancache_trt.manifest import Exported, Guidance
 from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.runtime import Graph
 from meancache_trt.meancache.schedule import Schedule, bake
@@ -27,14 +29,19 @@ from meancache_trt.meancache.sigmas import SecondStage, SigmaGrid
 from meancache_trt.production.batch_sizes import choose_batch, is_exact
 from meancache_trt.production.tickets import Group
 from meancache_trt.render import Pipeline
+from meancache_trt.second_stage import check_second_stage
 from meancache_trt.selection import pipeline_grid
 from meancache_trt.session import Session
 from tests.engine_transformer.conftest import made
 from tests.engine_transformer.subjects import VELOCITY_TOLERANCE, Subject, qwen_call
 from tests.export.families import shared_export
-from tests.two_stages import WEIGHT_SCALE, with_second_stage
-
-Arrays = dict[str, NDArray[Any]]
+from tests.two_stages import (
+    WEIGHT_SCALE,
+    Arrays,
+    inputs_of,
+    with_export,
+    with_second_stage,
+)
 
 STEPS = 8
 NODES = (0, 1, 3, 4, 6)
@@ -103,22 +110,35 @@ class Direct:
         conditioning: Arrays,
         scales: tuple[float, float],
     ) -> NDArray[np.float32]:
-        prepare = self._bundle.export.components["prepare"].inputs
-        given = {"noise": noise, **conditioning}
-        tables = self.run("prepare", {name: given[name] for name in prepare})
-        latent, _ = tables.pop("latent"), tables.pop("model_input")
+        latent = self.prepared(noise, conditioning)["latent"]
         velocities: list[NDArray[np.float32]] = []
         rows = zip(schedule.timesteps(), schedule.table(len(NODES)), strict=True)
         for timestep, row in rows:
-            stage = int(timestep < BOUNDARY)
-            name = ("transformer", "transformer_2")[stage]
-            fed = np.full(2 * len(latent), timestep * np.float64(1e-3), np.float32)
-            feeds = {**conditioning, **tables, "timestep": fed}
-            feeds["hidden_states"] = np.concatenate([latent, latent])
-            velocities.insert(0, guided(self.run(name, feeds)["velocity"], scales[stage]))
+            velocities.insert(0, self.velocity(timestep, latent, noise, conditioning, scales))
             for weight, velocity in zip(row, velocities, strict=False):
                 latent = latent + weight * velocity
         return latent
+
+    def prepared(self, noise: NDArray[np.float32], conditioning: Arrays) -> Arrays:
+        given = {"noise": noise, **conditioning}
+        names = self._bundle.export.components["prepare"].inputs
+        return self.run("prepare", {name: given[name] for name in names})
+
+    def velocity(
+        self,
+        timestep: float,
+        latent: NDArray[np.float32],
+        noise: NDArray[np.float32],
+        conditioning: Arrays,
+        scales: tuple[float, float],
+    ) -> NDArray[np.float32]:
+        stage = int(timestep < BOUNDARY)
+        name = ("transformer", "transformer_2")[stage]
+        made = {**self.prepared(noise, conditioning), **conditioning}
+        made["timestep"] = np.full(2 * len(latent), timestep * np.float64(1e-3), np.float32)
+        made["hidden_states"] = np.concatenate([latent, latent])
+        feeds = {key: made[key] for key in self._bundle.export.components[name].inputs}
+        return guided(self.run(name, feeds)["velocity"], scales[stage])
 
 
 def guided(both: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
@@ -127,19 +147,6 @@ def guided(both: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
     combined = unconditional + np.float32(scale) * (conditional - unconditional)
     lengths = [np.linalg.norm(v, axis=-1, keepdims=True) for v in (conditional, combined)]
     return combined * (lengths[0] / lengths[1])
-
-
-def inputs_of(bundle: Bundle, batch: int) -> tuple[NDArray[np.float32], Arrays]:
-    random, size = np.random.default_rng(3), bundle.export.resolution
-    sizes = {**size.symbols, **batch_symbols(batch)}
-    conditioning: Arrays = {}
-    for name, record in bundle.export.components["transformer"].inputs.items():
-        shape = record.resolved(sizes)
-        if record.role == "conditioning":
-            conditioning[name] = random.standard_normal(shape).astype(np.float32)
-        elif record.role == "text_mask":
-            conditioning[name] = np.ones(shape, record.dtype)
-    return random.standard_normal((batch, *size.noise_shape)).astype(np.float32), conditioning
 
 
 @pytest.mark.parametrize("own", [2.5, None])
@@ -162,6 +169,28 @@ def test_each_row_runs_its_transformer_under_its_guidance_over_one_history(
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
     others = Direct(staged).latents(schedule, noise, conditioning, (scale, 7.0))
     assert np.abs(found - others).max() > 100 * TOLERANCE
+
+
+def test_schedules_are_calibrated_with_the_transformer_of_each_step(
+    bundle: Bundle, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """The recorded grid names the stage, so that a bundle of another one is refused."""
+    settings = Settings(grid=grid_of(bundle), guidance_scale=4.0)
+    field = EngineField(pipeline, Trajectories(tmp_path, settings, ()), tmp_path, batch=1)
+    noise, _ = inputs_of(bundle, 1)
+    texts = [pipeline.encode([text]) for text in ("a fox", "")]
+    conditioning = dict(texts[0].followed_by(texts[1]).tensors)
+    latent = Direct(bundle).prepared(noise, conditioning)["latent"]
+    for step in (1, STEPS - 2):
+        found = field([Prompt("a fox")], latent.reshape(1, -1), step)
+        timestep = settings.grid.timesteps[step]
+        expected = Direct(bundle).velocity(timestep, latent, noise, conditioning, (4.0, 2.5))
+        np.testing.assert_allclose(found, expected.reshape(1, -1), rtol=0, atol=TOLERANCE)
+    stage = SecondStage(boundary_timestep=BOUNDARY, guidance_scale=3.0)
+    grid = msgspec.structs.replace(settings.grid, second_stage=stage)
+    other = msgspec.structs.replace(settings, grid=grid)
+    with pytest.raises(ScheduleError, match=r"'the recording' was calibrated .* second stage"):
+        EngineField(pipeline, Trajectories(tmp_path, other, ()), tmp_path, batch=1)
 
 
 def test_only_the_transformers_that_a_schedule_names_are_loaded(pipeline: Pipeline) -> None:
@@ -232,30 +261,38 @@ def test_a_session_takes_no_schedule_that_was_not_fitted(pipeline: Pipeline) -> 
         Session(pipeline.graphs, bake("ab2", grid, NODES), pipeline.resolution())
 
 
-def reopened(export: Exported, **changes: Any) -> Exported:
-    """As a manifest with these changes would be read."""
-    fields = {**msgspec.to_builtins(export), **msgspec.to_builtins(changes)}
-    return msgspec.convert(fields, Exported)
+def check(export: Exported, **changes: Any) -> None:
+    check_second_stage(msgspec.structs.replace(export, **changes))
 
 
 def test_a_stage_and_its_graphs_are_there_together(plain: Bundle, bundle: Bundle) -> None:
     stage, components = bundle.export.second_stage, dict(bundle.export.components)
-    assert reopened(bundle.export) == bundle.export
+    check(bundle.export)
+    check(plain.export)
     with pytest.raises(BundleError, match=r"transformer_2, .*found the stage below timestep 750"):
-        reopened(plain.export, second_stage=stage)
+        check(plain.export, second_stage=stage)
     with pytest.raises(BundleError, match=r"the stage None and transformer_2 in .* beside"):
-        reopened(bundle.export, second_stage=None)
+        check(bundle.export, second_stage=None)
     components.pop("transformer_2/bfloat16")
     with pytest.raises(BundleError, match=r"\['float32'\] beside .*\['bfloat16', 'float32'\]"):
-        reopened(bundle.export, components=components)
+        check(bundle.export, components=components)
+
+
+def test_a_stage_is_part_of_a_bundles_identity(bundle: Bundle, tmp_path: Path) -> None:
+    for number, scale in enumerate((2.5, 3.0)):
+        stage = SecondStage(boundary_timestep=BOUNDARY, guidance_scale=scale)
+        export = msgspec.structs.replace(bundle.export, second_stage=stage)
+        again = with_export(bundle, tmp_path / str(number), export)
+        is_same = again.manifest.bundle_id == bundle.manifest.bundle_id
+        assert is_same == (stage == bundle.export.second_stage)
 
 
 def test_a_second_guidance_scale_is_one_that_the_model_can_take(bundle: Bundle) -> None:
     low = SecondStage(boundary_timestep=BOUNDARY, guidance_scale=0.5)
     with pytest.raises(InputError, match=r"at least 1, which leaves .*found 0.5"):
-        reopened(bundle.export, second_stage=low)
+        check(bundle.export, second_stage=low)
     with pytest.raises(InputError, match=r"classifier-free guidance only, found 2.5"):
-        reopened(bundle.export, guidance=Guidance("embedded", 3.5))
+        check(bundle.export, guidance=Guidance("embedded", 3.5))
 
 
 # ------------------------------------------------------------------------------ beside the loop

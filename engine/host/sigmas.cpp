@@ -280,7 +280,17 @@ SigmaGrid grid_from_config(const JsonValue& config, const GridRequest& request) 
   grid.height = given(request.height);
   grid.width = given(request.width);
   grid.frames = request.frames;
+  grid.second_stage = request.second_stage;
   return grid;
+}
+
+bool SecondStage::operator==(const SecondStage& other) const {
+  return boundary_timestep == other.boundary_timestep && guidance_scale == other.guidance_scale;
+}
+
+std::string SecondStage::text() const {
+  return "below timestep " + general(boundary_timestep) +
+         (guidance_scale ? ", guidance scale " + general(*guidance_scale) : "");
 }
 
 std::optional<std::string> SigmaGrid::difference(const SigmaGrid& other) const {
@@ -307,6 +317,9 @@ std::optional<std::string> SigmaGrid::difference(const SigmaGrid& other) const {
   if (num_train_timesteps != other.num_train_timesteps) {
     return "timesteps of sigma x " + text_of(num_train_timesteps) + " against " +
            text_of(other.num_train_timesteps);
+  }
+  if (second_stage && other.second_stage && !(*second_stage == *other.second_stage)) {
+    return "second stage " + second_stage->text() + " against " + other.second_stage->text();
   }
   return std::nullopt;
 }
@@ -340,6 +353,19 @@ void check_sigmas(const std::vector<double>& sigmas, std::int64_t steps) {
   }
 }
 
+SecondStage read_second_stage(const Json& json) {
+  JsonObject object(json);
+  SecondStage stage;
+  stage.boundary_timestep = object.required("boundary_timestep").number();
+  stage.guidance_scale = maybe(object.nullable("guidance_scale"), to_number);
+  object.close();
+  if (!(stage.boundary_timestep >= 0) || std::isinf(stage.boundary_timestep)) {
+    fail("the timestep of a second stage is 0 or more and finite, found " +
+         general(stage.boundary_timestep) + "; Wan 2.2 has 875");
+  }
+  return stage;
+}
+
 SigmaGrid read_grid(const Json& json) {
   JsonObject object(json);
   SigmaGrid grid;
@@ -366,6 +392,7 @@ SigmaGrid read_grid(const Json& json) {
   grid.height = maybe(object.nullable("height"), to_integer);
   grid.width = maybe(object.nullable("width"), to_integer);
   grid.frames = maybe(object.nullable("frames"), to_integer);
+  grid.second_stage = maybe(object.nullable("second_stage"), read_second_stage);
   object.close();
   check_sigmas(grid.sigmas, grid.steps);
   if (grid.timesteps.size() != static_cast<std::size_t>(grid.steps)) {

@@ -271,16 +271,6 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text_buckets: tuple[int, ...] = ()
     second_stage: SecondStage | None = None
 
-    def __post_init__(self) -> None:
-        self._check_transformers()
-        scale = self.second_guidance_scale
-        if scale is not None and not self.guidance.is_classifier_free:
-            raise InputError(
-                "a second stage has a guidance scale of its own under classifier-free guidance "
-                f"only, found {scale:g} and the rule {self.guidance.rule!r}; leave it out"
-            )
-        check_guidance(self.guidance, scale)
-
     @property
     def transformers(self) -> tuple[str, ...]:
         """The networks that schedules name: "transformer" and, in a second stage, another."""
@@ -354,23 +344,6 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         transformer = self.components["transformer"].inputs
         wanted = {*_named(transformer, "conditioning"), *_named(transformer, "text_mask")}
         return graphs if wanted <= made else {}
-
-    def _check_transformers(self) -> None:
-        """Raise `BundleError` unless the second transformer is there exactly where a stage is."""
-        first, second = (
-            {
-                component.precision: (component.inputs, component.outputs)
-                for name, component in self.components.items()
-                if PurePosixPath(name).parts[0] == part
-            }
-            for part in TRANSFORMERS
-        )
-        if second != (first if self.second_stage else {}):
-            raise BundleError(
-                "a bundle has a second stage where it has graphs of transformer_2, each with the "
-                f"tensors of one of transformer, found the stage {self.second_stage} and "
-                f"transformer_2 in {sorted(second)} beside transformer in {sorted(first)}"
-            )
 
     def update_for(self, history: int) -> Component:
         """The smallest update graph that holds `history` velocities; `KeyError` where none does."""
