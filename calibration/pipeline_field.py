@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
@@ -21,12 +20,17 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from meancache_trt.calibration.recording import PipelineCall, as_array, scheduler_replaced
 from meancache_trt.calibration.trajectories import Array, Prompt
 from meancache_trt.calibration.velocity_field import batch_of
+from meancache_trt.meancache.euler_scheduler import (
+    BaseScheduler,
+    EulerScheduler,
+    euler_options,
+)
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
 """Final latent (1, *latent shape) -> image (1, C, …) in [0, 1]."""
 
 
-class SingleStepScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+class SingleStepScheduler(EulerScheduler):
     """The stock scheduler's grid, of which one step is evaluated; the latent stays where it is."""
 
     timesteps: torch.Tensor
@@ -35,9 +39,9 @@ class SingleStepScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc
     _only: int
 
     @classmethod
-    def at(cls, base_scheduler: FlowMatchEulerDiscreteScheduler, step: int) -> SingleStepScheduler:
+    def at(cls, base_scheduler: BaseScheduler, step: int) -> SingleStepScheduler:
         """Evaluate `step` of the grid that `base_scheduler` would make."""
-        scheduler: SingleStepScheduler = cls.from_config(base_scheduler.config)
+        scheduler: SingleStepScheduler = cls.from_config(euler_options(base_scheduler))
         scheduler._only = step
         return scheduler
 

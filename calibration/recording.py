@@ -15,16 +15,21 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 
 from meancache_trt.calibration.trajectories import Array, OnStep, Prompt, Settings
-from meancache_trt.errors import CalibrationError
-from meancache_trt.meancache.diffusers_scheduler import stock_grid
+from meancache_trt.errors import CalibrationError, ScheduleError
+from meancache_trt.meancache.euler_scheduler import (
+    BaseScheduler,
+    EulerScheduler,
+    euler_options,
+    stock_grid,
+)
 from meancache_trt.meancache.schedule import ModelReference
-from meancache_trt.meancache.sigmas import SigmaGrid
+from meancache_trt.meancache.sigmas import SecondStage, SigmaGrid
 
 
 class StepSink(Protocol):
@@ -40,7 +45,7 @@ class StepSink(Protocol):
         """Called once after the last step, with the final latent."""
 
 
-class RecordingScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+class RecordingScheduler(EulerScheduler):
     """The stock flow-matching Euler scheduler, which also reports each step to a sink.
 
     The latents are the stock scheduler's, bit for bit. A configuration holds no sink: after
@@ -51,22 +56,21 @@ class RecordingScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     _grid: SigmaGrid
 
     @classmethod
-    def around(
-        cls, base_scheduler: FlowMatchEulerDiscreteScheduler, sink: StepSink
-    ) -> RecordingScheduler:
-        """Record what `base_scheduler` would do. Raises `CalibrationError` where it cannot."""
-        if not isinstance(base_scheduler, FlowMatchEulerDiscreteScheduler):
-            raise CalibrationError(
-                "expected a pipeline with a FlowMatchEulerDiscreteScheduler, found "
-                f"{type(base_scheduler).__name__}; give the pipeline its flow-matching Euler "
-                "scheduler first"
-            )
-        if base_scheduler.config.stochastic_sampling or base_scheduler.config.invert_sigmas:
+    def around(cls, base_scheduler: BaseScheduler, sink: StepSink) -> RecordingScheduler:
+        """Record Euler's method on the grid of `base_scheduler`.
+
+        Raises `CalibrationError` where it cannot.
+        """
+        try:
+            options = euler_options(base_scheduler)
+        except ScheduleError as error:
+            raise CalibrationError(str(error)) from error
+        if options.get("stochastic_sampling") or options.get("invert_sigmas"):
             raise CalibrationError(
                 "the pipeline's scheduler sets stochastic_sampling or invert_sigmas, where no "
                 "velocity can be reused; turn it off"
             )
-        scheduler: RecordingScheduler = cls.from_config(base_scheduler.config)
+        scheduler: RecordingScheduler = cls.from_config(options)
         scheduler._sink = sink
         return scheduler
 
@@ -180,11 +184,13 @@ class PipelineSampler:
         precision: str = "float32",
         text_tokens: int | None = None,
         guidance_range: tuple[float, float] | None = None,
+        second_stage: SecondStage | None = None,
     ) -> Settings:
         """The settings of recordings with this sampler.
 
         The grid is what the pipeline makes when it is called with `prompt`; costs one network
-        evaluation.
+        evaluation. `second_stage` is the pipeline's own, which chooses between its transformers
+        before a scheduler sees the velocity.
         """
         with contextlib.suppress(_GridKnownError):
             self._run(prompt, probe := _GridProbe())
@@ -195,6 +201,7 @@ class PipelineSampler:
             width=call.width,
             frames=call.frames,
             image_tokens=None if probe.grid.mu is None else call.image_tokens,
+            second_stage=second_stage,
         )
         return Settings(
             grid=grid,
@@ -231,7 +238,7 @@ def load_pipeline(directory: Path) -> Any:
 
 
 @contextlib.contextmanager
-def scheduler_replaced(pipeline: Any, scheduler: FlowMatchEulerDiscreteScheduler) -> Iterator[None]:
+def scheduler_replaced(pipeline: Any, scheduler: EulerScheduler) -> Iterator[None]:
     """The pipeline with another scheduler; its own is put back at the end of the `with`."""
     original = pipeline.scheduler
     pipeline.scheduler = scheduler

@@ -78,10 +78,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name.replace('_', ' ')} {mine} against {theirs}"
-        for name in ("height", "width", "frames"):
+        for name in ("height", "width", "frames", "second_stage"):
             mine, theirs = getattr(self.grid, name), getattr(other.grid, name)
             if mine != theirs:
-                return f"{name} {mine} against {theirs}"
+                return f"{name.replace('_', ' ')} {mine} against {theirs}"
         return None
 
 

@@ -68,6 +68,17 @@ class Checkpoint:
         """`config` of several components, by name."""
         return {name: self.config(name) for name in components}
 
+    def has(self, component: str) -> bool:
+        """Whether model_index.json says of what class a component is."""
+        kind = self.index.get(component)
+        return isinstance(kind, list) and None not in kind
+
+    def model_configs(self, text_components: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+        """`configs` of all that a model is made of; "model_index" is that file itself."""
+        networks = ("transformer", *(part for part in ("transformer_2",) if self.has(part)))
+        parts = self.configs((*networks, "vae", "scheduler", *text_components))
+        return {**parts, "model_index": self.index}
+
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, as named in its folder.
 

@@ -12,15 +12,25 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import msgspec
+
 from meancache_trt.errors import ExportError, InputError
-from meancache_trt.manifest import GridRule, Guidance, Resolution, Role, TensorRecord, Tiling
-from meancache_trt.meancache.sigmas import MuRule
+from meancache_trt.manifest import (
+    GridRule,
+    Guidance,
+    Resolution,
+    Role,
+    TensorRecord,
+    Tiling,
+    check_guidance,
+)
+from meancache_trt.meancache.sigmas import MuRule, SecondStage
 
 if TYPE_CHECKING:
     import torch
 
 Configs = Mapping[str, Mapping[str, Any]]
-"""Component name in model_index.json -> its JSON configuration."""
+"""Component name in model_index.json -> its JSON configuration; "model_index" is that file."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +174,14 @@ class Family:
     `guidance_argument` and `text_tokens_argument` are what the diffusers pipeline calls them.
     `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`; one is
     `text_tokens`, on which no other depends where text has a mask, so that hosts can shorten it by
-    that alone. `grid`, `mu` and
-    `timestep_scale` are explained in `manifest.Exported`. `frames` is None for families of
-    pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
+    that alone. `grid`, `mu` and `timestep_scale` are explained in `manifest.Exported`. `frames` is
+    None for families of pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
     says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
     it was reported that the network's activations exceed float16. `module_output` makes of the
     graph's velocity what the transformer's `forward` gives, where that has another sign or layout.
     `latents_argument` makes of the loop's latent what the pipeline takes as `latents`, where that
-    has another layout.
+    has another layout. `second_stage` says from which timestep on the pipeline evaluates its
+    transformer_2; None, also as its result, where there is one transformer.
     """
 
     name: str
@@ -199,10 +209,30 @@ class Family:
     module_output: Callable[[Any], Any] = lambda velocity: velocity
     latents_argument: Callable[[Any, Resolution], Any] = lambda latent, _: latent
     mu: MuRule = "line"
+    second_stage: Callable[[Configs], SecondStage | None] | None = None
 
     def wrapper(self) -> Wrapper:
         """The module beside the spec that has its name and `_torch`, imported at the first call."""
         return cast("Wrapper", import_module(f"meancache_trt.export.{self.name}_torch"))
+
+
+def second_stage(
+    family: Family, configs: Configs, guidance_scale: float | None
+) -> SecondStage | None:
+    """The pipeline's second stage, guided by `guidance_scale`; None where it has none.
+
+    Raises `InputError` for a scale without a stage, or that the model cannot take.
+    """
+    check_guidance(family.guidance(configs), guidance_scale)
+    found = family.second_stage(configs) if family.second_stage else None
+    if guidance_scale is None:
+        return found
+    if found is None:
+        raise InputError(
+            "a model of one transformer has one guidance scale, found a second, "
+            f"{guidance_scale:g}; leave it out"
+        )
+    return msgspec.structs.replace(found, guidance_scale=guidance_scale)
 
 
 def check_size(family: Family, configs: Configs, size: Size) -> None:

@@ -16,20 +16,26 @@ from meancache_trt.export.networks import (
     TextEncoder,
     Transformer,
     text_encoders,
-    transformer,
+    transformers,
     vae_decoder,
 )
 from meancache_trt.export.optimize import optimize
 from meancache_trt.export.tokenization import write_tokenizer
 from meancache_trt.export.trace import trace
 from meancache_trt.export.update import HISTORIES, update_graph, update_signature
-from meancache_trt.export.weights import count_bytes, place_part, reference_weights
+from meancache_trt.export.weights import (
+    count_bytes,
+    place_part,
+    point_elsewhere,
+    reference_weights,
+)
 from meancache_trt.manifest import (
     Component,
     WeightFile,
     batch_symbols,
     component_name,
 )
+from meancache_trt.meancache.schedule import TRANSFORMERS
 
 # Rows, columns, text tokens and latent frames that graphs are traced at. All symbols differ, and
 # the batch is not 1, which torch.export takes for fixed. None of it stays in the graph, which
@@ -43,14 +49,14 @@ def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
 
     All weights are checked before anything is written.
     """
-    network = transformer(job)
-    models = (network, vae_decoder(job), *text_encoders(job))
+    networks = transformers(job)
+    models = (*networks, vae_decoder(job), *text_encoders(job))
     for model in models:
         model.check()
     for part in job.family.text_components:
         job.source.tensors(part)
     job.root.mkdir(parents=True, exist_ok=True)
-    yield "prepare", _preparation(job, network)
+    yield "prepare", _preparation(job, networks[0])
     job.report("update graphs")
     yield from _updates(job)
     for model in models:
@@ -82,8 +88,13 @@ def _preparation(job: Job, model: Transformer) -> Component:
 
 def write_graph(model: Network, precision: Precision, files: tuple[WeightFile, ...]) -> Component:
     """Write a model's graph, and a text encoder's tokenizer, beside its weights `files`."""
-    graph = _traced(model, model.empty(precision.dtype), precision)
     file = "model.onnx" if precision == F32 else f"model.{precision.dtype}.onnx"
+    twin = _twin(model)
+    if twin is None:
+        graph = _traced(model, model.empty(precision.dtype), precision)
+    else:
+        graph = ir.load(model.job.root / twin.folder / file)
+        point_elsewhere(graph, model.tensors)
     path = f"{model.folder}/{file}"
     component = _written(model.job, path, graph, model.signature, precision)
     is_shared = all(file.is_linked for file in files)
@@ -93,6 +104,15 @@ def write_graph(model: Network, precision: Precision, files: tuple[WeightFile, .
     if isinstance(model, TextEncoder) and precision == F32:
         return _with_tokenizer(model, component)
     return component
+
+
+def _twin(model: Network) -> Network | None:
+    """The transformer whose graphs, but for the place of the weights, a second one's are."""
+    if model.component != TRANSFORMERS[1]:
+        return None
+    first = transformers(model.job)[0]
+    own, other = ({n: t.dtype for n, t in m.tensors.items()} for m in (model, first))
+    return first if own == other else None
 
 
 def _traced(model: Network, network: nn.Module, precision: Precision) -> ir.Model:

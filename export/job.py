@@ -9,6 +9,8 @@ from typing import Literal
 
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Configs, Family, Size
+from meancache_trt.meancache.schedule import TRANSFORMERS
+from meancache_trt.meancache.sigmas import SecondStage
 
 PIPELINE_FOLDER = "pipeline"
 """Where a bundle keeps what prompts are encoded with, in diffusers layout."""
@@ -41,7 +43,7 @@ class Job:
 
     `size` is the default, `further_sizes` are what the bundle also lists. Graphs with weights are
     made in each of `precisions`, F32 among them. `parity_bytes` is the memory that a comparison may
-    take; None means what is free.
+    take; None means what is free. `second_stage` is that of the family, with its guidance scale.
     """
 
     source: Checkpoint
@@ -54,3 +56,9 @@ class Job:
     precisions: tuple[Precision, ...] = (F32,)
     further_sizes: tuple[Size, ...] = ()
     parity_bytes: int | None = None
+    second_stage: SecondStage | None = None
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """The checkpoint's networks that a render evaluates."""
+        return TRANSFORMERS[: 1 if self.second_stage is None else 2]

@@ -111,7 +111,7 @@ class _DiffusersNetwork(Network):
 
 
 class Transformer(_DiffusersNetwork):
-    """The network that is evaluated at every node."""
+    """A network that is evaluated at nodes."""
 
     @property
     def _class_name(self) -> str:
@@ -169,11 +169,13 @@ class TextEncoder(Network):
         super().check()
 
 
-def transformer(job: Job) -> Transformer:
-    """The job's transformer."""
+def transformers(job: Job) -> list[Transformer]:
+    """The job's transformers, of one signature."""
     signature = job.family.signatures(job.configs).transformer
-    name = "transformer"
-    return Transformer(job, name, name, name, signature, job.family.blocks)
+    return [
+        Transformer(job, name, name, name, signature, job.family.blocks)
+        for name in job.transformers
+    ]
 
 
 def vae_decoder(job: Job) -> VaeDecoder:

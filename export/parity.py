@@ -27,7 +27,7 @@ from meancache_trt.export.networks import (
     Network,
     TextEncoder,
     text_encoders,
-    transformer,
+    transformers,
     vae_decoder,
 )
 from meancache_trt.export.parity_inputs import (
@@ -52,6 +52,7 @@ Run = Callable[[Arrays], Arrays]
 TOLERANCES = {
     "prepare": 0.0,
     "transformer": 1e-4,
+    "transformer_2": 1e-4,
     "vae_decoder": 1e-4,
     "text_encoder": 1e-4,
     "text_encoder_2": 1e-4,
@@ -67,7 +68,7 @@ _BYTES_PER_PARAMETER = 6
 
 
 def check_parity(job: Job, graphs: Mapping[str, Path]) -> tuple[ParityRecord, ...]:
-    """Compare prepare, transformer, VAE decoder and text graphs in ONNX Runtime on the CPU.
+    """Compare prepare, transformers, VAE decoder and text graphs in ONNX Runtime on the CPU.
 
     Loads the checkpoint's weights in float32, of one network at a time, and of one that does not
     fit in memory the first block of each kind. Raises `ExportError` where a graph differs by more
@@ -154,8 +155,6 @@ def _transformer_records(
     job: Job, graphs: Mapping[str, Path], runtime: OnnxRuntime
 ) -> Iterator[ParityRecord]:
     wrapper, signatures = job.family.wrapper(), job.family.signatures(job.configs)
-    (velocity,) = signatures.transformer.outputs
-    model = transformer(job)
     prepare = runtime.load(graphs["prepare"])
     noises, inputs = [], []
     for case in parity_cases(job.family, job.configs, job.size, *job.further_sizes):
@@ -163,19 +162,21 @@ def _transformer_records(
         noise = prepare_feeds(signatures.prepare, case, feeds)
         noises.append((case, noise))
         inputs.append((case, with_prepared(signatures.transformer, feeds, prepare.run(noise))))
-    network, blocks = _oracle(model)
-    preparation = _expected("prepare", network, wrapper.reference_preparation, noises)
-    velocities = _expected(
-        "transformer",
-        network,
-        lambda *call: {velocity: wrapper.reference_velocity(*call)},
-        inputs,
-        blocks,
-    )
-    del network
-    yield preparation.record(prepare.run, runtime)
-    with _compared_graph(model, graphs, is_sample=bool(blocks)) as path:
-        yield velocities.record(runtime.load(path).run, runtime)
+    for model in transformers(job):
+        network, blocks = _oracle(model)
+        preparation = _expected("prepare", network, wrapper.reference_preparation, noises)
+        velocities = _expected(
+            model.component,
+            network,
+            lambda *call: {"velocity": wrapper.reference_velocity(*call)},
+            inputs,
+            blocks,
+        )
+        del network
+        if model.component == "transformer":
+            yield preparation.record(prepare.run, runtime)
+        with _compared_graph(model, graphs, is_sample=bool(blocks)) as path:
+            yield velocities.record(runtime.load(path).run, runtime)
 
 
 def _decoder_record(job: Job, graphs: Mapping[str, Path], runtime: OnnxRuntime) -> ParityRecord:

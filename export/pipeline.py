@@ -16,6 +16,7 @@ from meancache_trt.export.family import (
     check_size,
     default_frames,
     resolution,
+    second_stage,
 )
 from meancache_trt.export.job import (
     F32,
@@ -35,6 +36,7 @@ from meancache_trt.manifest import (
     WeightFile,
 )
 from meancache_trt.meancache.hashing import verified_sha256
+from meancache_trt.meancache.schedule import TRANSFORMERS
 from meancache_trt.shapes import ONE, PictureSize, Range, text_buckets
 
 # Configurations, vocabularies and chat templates
@@ -55,6 +57,7 @@ def export_components(
     precisions: Sequence[str] | None = None,
     check_parity: bool = True,
     parity_bytes: int | None = None,
+    guidance_scale_2: float | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Write a checkpoint's graphs, weights and prompt encoders into `directory`.
@@ -67,12 +70,13 @@ def export_components(
     parity is checked in, and in the further `precisions`: by default bfloat16 where the transformer
     is stored so. The export itself does not load the weights; the parity check does, in float32,
     of networks that fit in `parity_bytes` of memory, by default what is free; of others it takes
-    the first of each kind of block.
+    the first of each kind of block. `guidance_scale_2` is what a second transformer is guided by;
+    None means as the first.
     `report` gets a line at each stage.
 
-    Raises `InputError` for a size that the family cannot take, and `ExportError` for a checkpoint
-    that is incomplete, damaged or unsupported, a graph that fails its checks, or a directory that
-    cannot be written. What was written before an error stays in `directory`.
+    Raises `InputError` for a size or a scale that the family cannot take, and `ExportError` for a
+    checkpoint that is incomplete, damaged or unsupported, a graph that fails its checks, or a
+    directory that cannot be written. What was written before an error stays in `directory`.
     """
     source, family, configs = _source(checkpoint)
     wanted = [PictureSize(height, width, frames), *further_sizes]
@@ -88,6 +92,7 @@ def export_components(
         _precisions(source, family, precisions),
         tuple(others),
         parity_bytes,
+        second_stage(family, configs, guidance_scale_2),
     )
     try:
         components = _write_graphs(job)
@@ -138,7 +143,7 @@ def _checked_sizes(
 def _source(checkpoint: Path) -> tuple[Checkpoint, Family, Configs]:
     source = Checkpoint(resolve_checkpoint(str(checkpoint)))
     family = detect(source.path)
-    configs = source.configs(("transformer", "vae", "scheduler", *family.text_components))
+    configs = source.model_configs(family.text_components)
     _check_classes(family, configs)
     return source, family, configs
 
@@ -162,7 +167,13 @@ def _precisions(
 
 
 def _check_classes(family: Family, configs: Configs) -> None:
-    for part, expected in (("transformer", family.transformer_class), ("vae", family.vae_class)):
+    expected_classes = {
+        **dict.fromkeys(TRANSFORMERS, family.transformer_class),
+        "vae": family.vae_class,
+    }
+    for part, expected in expected_classes.items():
+        if part not in configs:
+            continue
         found = configs[part].get("_class_name")
         if found != expected:
             raise ExportError(
@@ -185,7 +196,7 @@ def _write_pipeline(job: Job, components: Mapping[str, Component]) -> tuple[Weig
     source, target = job.source, job.root / PIPELINE_FOLDER
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source.path / "model_index.json", target / "model_index.json")
-    for part in ("scheduler", "transformer", "vae", *job.family.text_components):
+    for part in ("scheduler", *job.transformers, "vae", *job.family.text_components):
         _copy_small_files(source.path / part, target / part)
     weights: list[WeightFile] = []
     for part in job.family.text_components:
@@ -240,19 +251,22 @@ def _exported(
         tiling=family.tiling(configs) if family.tiling else None,
         batch=batch,
         text_buckets=text_buckets(tokens) if "text_mask" in roles else (),
+        second_stage=job.second_stage,
     )
 
 
 def identify(checkpoint: Checkpoint) -> Model:
-    """Identity of what a schedule is calibrated on: the transformer and its configuration.
+    """Identity of what a schedule is calibrated on: the transformers and their configurations.
 
     Hashes the weights, unless they are known unchanged since they were last hashed. Raises
     `ExportError` where a file is missing.
     """
+    digest = hashlib.sha256()
     try:
-        digest = hashlib.sha256((checkpoint.path / "transformer" / "config.json").read_bytes())
-        for file in checkpoint.weight_files("transformer"):
-            digest.update(bytes.fromhex(verified_sha256(file)))
+        for part in filter(checkpoint.has, TRANSFORMERS):
+            digest.update((checkpoint.path / part / "config.json").read_bytes())
+            for file in checkpoint.weight_files(part):
+                digest.update(bytes.fromhex(verified_sha256(file)))
     except OSError as error:
         raise ExportError(f"{checkpoint.path} is incomplete: {error}; download it again") from error
     name, revision = identity(checkpoint.path)

@@ -12,6 +12,7 @@ from meancache_trt.export.flux2 import FLUX2
 from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
 from meancache_trt.export.qwen_image import QWEN_IMAGE
 from meancache_trt.export.sd3 import SD3
+from meancache_trt.export.wan import WAN
 from meancache_trt.export.z_image import Z_IMAGE
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from meancache_trt.export.family import Family
 
 FAMILIES = MappingProxyType(
-    {family.name: family for family in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO, Z_IMAGE, SD3, FLUX2)}
+    {family.name: family for family in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO, Z_IMAGE, SD3, WAN, FLUX2)}
 )
 """Family name -> family."""
 

@@ -38,9 +38,14 @@ def build_network(class_name: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def cast_stored(network: nn.Module, dtype: str) -> nn.Module:
-    """Give what is on the meta device `dtype`, in place; indices and counts keep theirs."""
-    for tensor in (*network.parameters(), *network.buffers()):
-        if tensor.is_meta and tensor.is_floating_point():
+    """Give what is on the meta device `dtype`, in place.
+
+    But for indices and counts, and what diffusers keeps in float32 in any dtype.
+    """
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        is_kept = kept.intersection(name.split("."))
+        if tensor.is_meta and tensor.is_floating_point() and not is_kept:
             tensor.data = tensor.data.to(getattr(torch, dtype))
     return network
 

@@ -10,30 +10,32 @@ This module imports torch and diffusers; import it where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 
 from meancache_trt.errors import ScheduleError
+from meancache_trt.meancache.euler_scheduler import (
+    BaseScheduler,
+    EulerScheduler,
+    euler_options,
+    stock_grid,
+)
 from meancache_trt.meancache.schedule import Schedule, load_schedule
-from meancache_trt.meancache.sigmas import Convention, SigmaGrid, TimeShift, pipeline_sigmas
+from meancache_trt.meancache.sigmas import SigmaGrid, TimeShift
 from meancache_trt.meancache.strength import begin_at, first_step
 
 _UNSUPPORTED = ("stochastic_sampling", "invert_sigmas")
 _OWN_OPTIONS = ("schedule", "strength")  # what the stock scheduler's configuration does not have
-_LINSPACES: tuple[Convention, ...] = ("linspace", "linspace_to_zero")
 
 
-class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+class MeanCacheScheduler(EulerScheduler):
     """Flow-matching Euler over T steps that asks for the velocity at the schedule's B nodes only.
 
     Call the pipeline with T (`num_inference_steps=50`), not B: the grid may depend on it, and is
@@ -41,6 +43,10 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     pipeline's own grid of as many steps. The schedule is part of the configuration, so that
     `save_pretrained` and `from_pretrained` keep it; the stock scheduler reads the same file and
     ignores it.
+
+    A pipeline of two transformers chooses between them itself, by the timesteps that it is given:
+    those of the nodes, so that it runs what the schedule's rows name. One history holds the
+    velocities of both.
 
     The guidance scale acts inside the pipeline and cannot be seen here: pass the one that
     `schedule.guidance_scale` names. A pipeline that enters the grid midway by itself, as
@@ -67,6 +73,8 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         use_beta_sigmas: bool = False,
         time_shift_type: TimeShift = "exponential",
         stochastic_sampling: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
         schedule: dict[str, Any] | None = None,
         strength: float = 1.0,
     ) -> None:
@@ -86,6 +94,8 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
             use_beta_sigmas=use_beta_sigmas,
             time_shift_type=time_shift_type,
             stochastic_sampling=stochastic_sampling,
+            use_flow_sigmas=use_flow_sigmas,
+            flow_shift=flow_shift,
         )
         self._check_options()
         self._strength = strength
@@ -95,29 +105,20 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         self._velocities: list[torch.Tensor] = []
 
     @classmethod
-    def from_schedule(
-        cls, schedule: Schedule, base_scheduler: FlowMatchEulerDiscreteScheduler
-    ) -> MeanCacheScheduler:
+    def from_schedule(cls, schedule: Schedule, base_scheduler: BaseScheduler) -> MeanCacheScheduler:
         """Run `schedule` on the grid that `base_scheduler`, the pipeline's own, would make.
 
-        Raises `ScheduleError` for another kind of scheduler, and for options that a schedule
-        cannot follow.
+        That is diffusers' flow-matching Euler scheduler, or a UniPCMultistepScheduler of flow
+        matching, as Wan's; of the latter only the grid is kept. Raises `ScheduleError` for another
+        kind of scheduler, and for options that a schedule cannot follow.
         """
-        if not isinstance(base_scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ScheduleError(
-                "expected a pipeline with a FlowMatchEulerDiscreteScheduler, found "
-                f"{type(base_scheduler).__name__}; give the pipeline its flow-matching Euler "
-                "scheduler first"
-            )
-        config = base_scheduler.config
+        config = euler_options(base_scheduler)
         options = {key: value for key, value in config.items() if key not in _OWN_OPTIONS}
         scheduler: MeanCacheScheduler = cls.from_config(options, schedule=_encode(schedule))
         return scheduler
 
     @classmethod
-    def from_file(
-        cls, path: Path | str, base_scheduler: FlowMatchEulerDiscreteScheduler
-    ) -> MeanCacheScheduler:
+    def from_file(cls, path: Path | str, base_scheduler: BaseScheduler) -> MeanCacheScheduler:
         """Like `from_schedule`, from a schedule file."""
         return cls.from_schedule(load_schedule(path), base_scheduler)
 
@@ -273,37 +274,6 @@ class MeanCacheScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
                     f"the pipeline's scheduler sets {option}, which a schedule of cached "
                     "velocities cannot follow; turn it off or keep the stock scheduler"
                 )
-
-
-def stock_grid(
-    scheduler: FlowMatchEulerDiscreteScheduler, sigmas: Sequence[float] | None, mu: float | None
-) -> SigmaGrid:
-    """The grid that the stock `set_timesteps` has just left in `scheduler`.
-
-    `sigmas` and `mu` are what it was given. Raises `ScheduleError` where sigmas do not descend.
-    """
-    config, steps = scheduler.config, len(scheduler.timesteps)
-    is_dynamic = config.use_dynamic_shifting
-    return SigmaGrid(
-        steps=steps,
-        sigmas=tuple(scheduler.sigmas.tolist()),
-        timesteps=tuple(scheduler.timesteps.tolist()),
-        convention=_convention(sigmas, steps),
-        num_train_timesteps=config.num_train_timesteps,
-        shift=None if is_dynamic else float(scheduler.shift),
-        mu=float(mu) if is_dynamic and mu is not None else None,
-        time_shift_type=config.time_shift_type if is_dynamic else None,
-        shift_terminal=config.shift_terminal or None,
-    )
-
-
-def _convention(sigmas: Sequence[float] | None, steps: int) -> Convention:
-    if sigmas is None:
-        return "count"
-    for convention in _LINSPACES:
-        if np.array_equal(sigmas, pipeline_sigmas(convention, steps)):
-            return convention
-    return "custom"
 
 
 def _check_steps(schedule: Schedule, grid: SigmaGrid) -> None:

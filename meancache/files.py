@@ -41,8 +41,13 @@ def decode_json(path: Path, kind: type[T], error: type[MeanCacheError]) -> T:
             checks may raise others.
         InputError: where the file cannot be read.
     """
+    return decode_text(read_bytes(path), kind, error)
+
+
+def decode_text(text: bytes, kind: type[T], error: type[MeanCacheError]) -> T:
+    """As `decode_json`, of what was read already."""
     try:
-        return msgspec.json.decode(read_bytes(path), type=kind)
+        return msgspec.json.decode(text, type=kind)
     except msgspec.ValidationError as fault:
         raise error(f"not a valid {kind.__name__.lower()} file: {fault}") from fault
     except (msgspec.DecodeError, UnicodeDecodeError) as fault:

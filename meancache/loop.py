@@ -3,6 +3,10 @@
     v_n = network(x, timestep_n, conditioning)
     x   = x + Σ_j weights[n][j] · v_{n−j}
 
+A model of two transformers has both in one loop: each node is bound to the network that its
+schedule row names. They are halves of one velocity field, so that latent and history go on across
+the boundary, as they do where a diffusers pipeline has one scheduler step with both velocities.
+
 Under classifier-free guidance the network runs once on twice the batch, and the update graph makes
 one velocity of the two and copies the next latent for both halves.
 
@@ -16,8 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +30,6 @@ from meancache_trt.meancache.runtime import Call, Graph, Runtime, Tensor
 from meancache_trt.meancache.schedule import Schedule
 
 _MODEL_INPUT = "model_input"  # an output of update graphs that guide
-_NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
 
 OnEvaluation = Callable[[int, int], None]
 """(evaluations done, B), called after each evaluation; an exception raised in it cancels."""
@@ -38,7 +40,9 @@ class Network:
     """A transformer graph and the names of what the loop itself feeds and reads.
 
     The network is fed `timestep_scale` x the scheduler's timestep, multiplied in float64 and
-    rounded to float32, one for each of its samples.
+    rounded to float32, one for each of its samples. `update_constants` are what the updates that
+    follow it are bound with: a tensor for every input of the update graph that the loop does not
+    make (the guidance scale, where the update guides).
     """
 
     graph: Graph
@@ -46,6 +50,7 @@ class Network:
     timestep: str
     output: str
     timestep_scale: float
+    update_constants: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class DenoisingLoop:
@@ -56,14 +61,13 @@ class DenoisingLoop:
 
     Args:
         runtime: owns all tensors; must outlive the loop.
-        network: the transformer.
+        networks: those of `schedule.transformers()`, by name.
         update: the update graph, with room for at least the schedule's history.
         schedule: what to evaluate and how to move.
         latent_shape: packed latent with its batch, such as (batch, tokens, channels).
-        constants: a tensor for every other input of the network (conditioning, guidance scale,
-            position tables). The caller may write to them between runs.
-        update_constants: likewise for every input of the update graph that the loop does not make
-            (the guidance scale, where the update guides).
+        constants: a tensor for every other input of the networks (conditioning, guidance scale,
+            position tables), which have the same ones. The caller may write to them between runs,
+            as to the networks' `update_constants`.
 
     Attributes:
         initial: where the loop starts from, float32 of `latent_shape`; the run overwrites it.
@@ -75,13 +79,12 @@ class DenoisingLoop:
     def __init__(
         self,
         runtime: Runtime,
-        network: Network,
+        networks: Mapping[str, Network],
         update: Graph,
         *,
         schedule: Schedule,
         latent_shape: tuple[int, ...],
         constants: Mapping[str, Tensor],
-        update_constants: Mapping[str, Tensor] = _NO_TENSORS,
     ) -> None:
         self.schedule = schedule
         self._runtime = runtime
@@ -94,7 +97,7 @@ class DenoisingLoop:
             self.initial_input = runtime.zeros(twice, "float32")
         history = _history_of(update)
         self._velocities = [runtime.zeros(latent_shape, "float32") for _ in range(history)]
-        evaluations = self._bind_evaluations(network, update, constants, update_constants)
+        evaluations = self._bind_evaluations(networks, update, constants)
         self._evaluations = [runtime.sequence(pair) for pair in evaluations]
         self._all = runtime.sequence(list(itertools.chain.from_iterable(evaluations)))
 
@@ -132,11 +135,7 @@ class DenoisingLoop:
         return latent
 
     def _bind_evaluations(
-        self,
-        network: Network,
-        update: Graph,
-        constants: Mapping[str, Tensor],
-        update_constants: Mapping[str, Tensor],
+        self, networks: Mapping[str, Network], update: Graph, constants: Mapping[str, Tensor]
     ) -> list[tuple[Call, Call]]:
         runtime, shape, input_shape = self._runtime, self.initial.shape, self.initial_input.shape
         velocities, history = self._velocities, len(self._velocities)
@@ -146,7 +145,9 @@ class DenoisingLoop:
         # One tensor serves all: an update writes it when the network call before has read it.
         copies = {_MODEL_INPUT: self.initial_input} if _MODEL_INPUT in update.outputs else {}
         calls = []
+        parts = self.schedule.transformers()
         for node, timestep in enumerate(self.schedule.timesteps()):
+            network = networks[parts[node]]
             here, there = self._latents[node % 2], self._latents[(node + 1) % 2]
             fed = np.full(input_shape[0], float(timestep) * network.timestep_scale, np.float32)
             evaluate = network.graph.bind(
@@ -164,7 +165,7 @@ class DenoisingLoop:
             }
             move = update.bind(
                 {
-                    **update_constants,
+                    **network.update_constants,
                     **past,
                     **copies,
                     "latent": here,

@@ -19,7 +19,7 @@ from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.files import decode_json, read_bytes, write_json
 from meancache_trt.meancache.folding import Rows, check_nodes
 from meancache_trt.meancache.methods import METHODS, get_method
-from meancache_trt.meancache.sigmas import SigmaGrid
+from meancache_trt.meancache.sigmas import SecondStage, SigmaGrid
 
 Version = Literal["meancache-trt/schedule/1"]
 VERSION: Version = "meancache-trt/schedule/1"
@@ -31,6 +31,10 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 FITTED = "fitted"
 """The method of tables whose weights follow from data, so that they belong to their grid."""
+
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""What the networks of both stages are called; most models have the first alone."""
 
 
 INTERCHANGEABLE_PRECISIONS = frozenset({"float32", "bfloat16", "float16"})
@@ -78,7 +82,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         check_nodes(self.nodes, self.grid.steps)
-        for scale in (self.guidance_scale, *(self.guidance_range or ())):
+        second = self.grid.second_stage and self.grid.second_stage.guidance_scale
+        for scale in (self.guidance_scale, *(self.guidance_range or ()), second):
             check_guidance_scale(scale)
         if self.guidance_range is not None and not self.guidance_range[0] < self.guidance_range[1]:
             raise ScheduleError(
@@ -111,6 +116,15 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Timestep at each node in the scheduler's units, shape (B,)."""
         return np.asarray(self.grid.timesteps, np.float32)[list(self.nodes)]
 
+    def transformers(self) -> tuple[str, ...]:
+        """Which of `TRANSFORMERS` each node evaluates, by its timestep; length B."""
+        second = self.grid.second_stage
+        if second is None:
+            return TRANSFORMERS[:1] * self.budget
+        # In float32, where diffusers compares them.
+        is_second = self.timesteps() < np.float32(second.boundary_timestep)
+        return tuple(TRANSFORMERS[int(later)] for later in is_second)
+
     def table(self, history: int) -> NDArray[np.float32]:
         """Weights as shape (B, history), zero-padded. `history` is at least the schedule's own."""
         if history < self.history:
@@ -126,6 +140,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def fit_to(self, grid: SigmaGrid, guidance_scale: float | None) -> Schedule:
         """Return this schedule for `grid`, refolded where its method allows.
 
+        The second stage is that of `grid`, where it names one.
+
         Raises:
             ScheduleError: where a fitted table meets another grid, or the schedule belongs to
                 another guidance scale.
@@ -137,7 +153,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """As `fit_to`, for a host that cannot see the guidance scale."""
         self.check_grid(grid)
         if self.grid.difference(grid) is None:
-            return self
+            return self._with_second_stage(grid.second_stage)
         return bake(
             self.method,
             grid,
@@ -150,6 +166,12 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             guidance_range=self.guidance_range,
             precision=self.precision,
         )
+
+    def _with_second_stage(self, second_stage: SecondStage | None) -> Schedule:
+        if second_stage in (None, self.grid.second_stage):
+            return self
+        grid = msgspec.structs.replace(self.grid, second_stage=second_stage)
+        return msgspec.structs.replace(self, grid=grid)
 
     def _check_guidance(self, scale: float | None) -> None:
         if self.guidance_range is not None:

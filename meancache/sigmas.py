@@ -1,5 +1,6 @@
-"""Sigma grids, equal to those of diffusers' `FlowMatchEulerDiscreteScheduler` to the last bit.
+"""Sigma grids, equal to those of diffusers' flow-matching schedulers to the last bit.
 
+`FlowMatchEulerDiscreteScheduler` and, with `use_flow_sigmas`, `UniPCMultistepScheduler`.
 Integration runs from sigma 1 (noise) to sigma 0 (image). Element types below follow diffusers
 step by step, because a grid that differs in its last bit is another grid: pipelines that hand
 over sigmas are shifted in float32, pipelines that hand over a count only are shifted in float64.
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from meancache_trt.errors import ScheduleError
 
-Convention = Literal["linspace", "linspace_to_zero", "count", "custom"]
+Convention = Literal["linspace", "linspace_to_zero", "count", "flow_sigmas", "custom"]
 TimeShift = Literal["exponential", "linear"]
 MuRule = Literal["line", "empirical"]
 
@@ -26,6 +27,11 @@ SIGMA_TOLERANCE = 1e-6
 
 LARGEST_MU = 80.0
 """exp(mu) stays a float32 below this; published models have mu below 2."""
+
+FLOW_SIGMAS_SCHEDULER = "UniPCMultistepScheduler"
+"""Whose `use_flow_sigmas` means the convention "flow_sigmas"."""
+
+_BELOW_ONE = 1e-6  # UniPCMultistepScheduler.set_timesteps, because λ has to be finite
 
 _UNSUPPORTED = (
     "invert_sigmas",
@@ -36,14 +42,38 @@ _UNSUPPORTED = (
 )
 
 
+class SecondStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a model of two transformers hands over to the second, and how that one is guided.
+
+    At timesteps below `boundary_timestep`, in the scheduler's units, the network is transformer_2.
+    `guidance_scale` is its own classifier-free scale; None where the first one's acts in both.
+    """
+
+    boundary_timestep: float
+    guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.boundary_timestep < math.inf:
+            raise ScheduleError(
+                "the timestep of a second stage is 0 or more and finite, found "
+                f"{self.boundary_timestep:g}; Wan 2.2 has 875"
+            )
+
+    def __str__(self) -> str:
+        """In a few words, such as "below timestep 875, guidance scale 3"."""
+        scale = "" if self.guidance_scale is None else f", guidance scale {self.guidance_scale:g}"
+        return f"below timestep {self.boundary_timestep:g}{scale}"
+
+
 class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The T steps that a model's full integration takes, and how they were made.
 
     `sigmas` has T + 1 descending values, of which the last may repeat; `timesteps` has T, in the
-    scheduler's units (sigma x `num_train_timesteps`). All are float32 values. `shift` is the static
-    shift, `mu` the dynamic one; exactly one of them acts. `height`, `width` (pixels) and `frames`
-    are set where the grid depends on them or belongs to them, `image_tokens` where `mu` is the
-    `empirical_mu` of them, which is another with other steps.
+    scheduler's units (sigma x `num_train_timesteps`, whole numbers in "flow_sigmas"). All are
+    float32 values. `shift` is the static shift, `mu` the dynamic one; exactly one of them acts.
+    `height`, `width` (pixels) and `frames` are set where the grid depends on them or belongs to
+    them; `image_tokens` where `mu` is the `empirical_mu` of them, which is another with other
+    steps; `second_stage` where the model has two transformers and whoever made the grid knows it.
     """
 
     steps: int
@@ -59,6 +89,7 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     width: int | None = None
     frames: int | None = None
     image_tokens: int | None = None
+    second_stage: SecondStage | None = None
 
     def __post_init__(self) -> None:
         check_sigmas(self.sigmas, self.steps)
@@ -80,7 +111,8 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def difference(self, other: SigmaGrid) -> str | None:
         """Say in words how `other` differs, or None where both are the same grid.
 
-        Frames count where both grids name them; the size counts through its sigmas alone.
+        Frames and second stage count where both grids name them, since a scheduler sees neither;
+        the size counts through its sigmas alone.
         """
         if self.steps != other.steps:
             return f"{self.steps} steps against {other.steps}"
@@ -98,6 +130,9 @@ class SigmaGrid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"timesteps of sigma x {self.num_train_timesteps} against "
                 f"{other.num_train_timesteps}"
             )
+        stages = (self.second_stage, other.second_stage)
+        if None not in stages and stages[0] != stages[1]:
+            return f"second stage {stages[0]} against {stages[1]}"
         return None
 
     def describe(self) -> str:
@@ -148,6 +183,7 @@ def make_grid(
     width: int | None = None,
     frames: int | None = None,
     image_tokens: int | None = None,
+    second_stage: SecondStage | None = None,
 ) -> SigmaGrid:
     """Make the grid that a diffusers pipeline would integrate over.
 
@@ -156,7 +192,8 @@ def make_grid(
         convention: what the pipeline hands to `set_timesteps`: "linspace" is
             `linspace(1, 1/T, T)` (FLUX, Qwen-Image), "linspace_to_zero" is `linspace(1, 0, T + 1)`
             without the 0 (HunyuanVideo; it rounds otherwise), "count" is the number alone (SD3,
-            Wan, Z-Image), "custom" is `sigmas`.
+            Z-Image), "flow_sigmas" is that number for a UniPCMultistepScheduler (Wan), "custom" is
+            `sigmas`.
         shift: static shift, s·σ / (1 + (s − 1)·σ); ignored where `mu` is given.
         mu: dynamic, resolution-dependent shift; see `dynamic_mu`.
         time_shift_type: form of the dynamic shift.
@@ -169,6 +206,7 @@ def make_grid(
         frames: recorded in the grid.
         image_tokens: recorded in the grid, whose mu is then the `empirical_mu` of them instead of
             `mu`.
+        second_stage: recorded in the grid.
 
     Raises:
         ScheduleError: where T < 1 or the values do not descend.
@@ -185,6 +223,8 @@ def make_grid(
     if convention == "count":
         training_shift = shift if mu is None else 1.0
         raw = _counted(steps, training_shift, sigma_min, num_train_timesteps)
+    elif convention == "flow_sigmas":
+        raw = np.linspace(1, 1 / num_train_timesteps, steps + 1)[:-1]
     else:
         given = pipeline_sigmas(convention, steps) if sigmas is None else np.array(sigmas)
         raw = given.astype(np.float32)
@@ -193,8 +233,12 @@ def make_grid(
     )
     if shift_terminal:
         shifted = _stretch(shifted, shift_terminal)
+    if convention == "flow_sigmas":
+        shifted[0] -= _BELOW_ONE if abs(shifted[0] - 1) < _BELOW_ONE else 0
+        timesteps = np.trunc(shifted * num_train_timesteps).astype(np.float32)
+    else:
+        timesteps = shifted.astype(np.float32) * np.float32(num_train_timesteps)
     values = shifted.astype(np.float32)
-    timesteps = values * np.float32(num_train_timesteps)
     return SigmaGrid(
         steps=steps,
         sigmas=(*values.tolist(), 0.0),
@@ -209,6 +253,7 @@ def make_grid(
         width=width,
         frames=frames,
         image_tokens=image_tokens,
+        second_stage=second_stage,
     )
 
 
@@ -230,12 +275,14 @@ def grid_from_config(
     width: int | None = None,
     frames: int | None = None,
     sigma_min: float | None = None,
+    second_stage: SecondStage | None = None,
 ) -> SigmaGrid:
     """Make the grid of a pipeline from its `scheduler_config.json`.
 
     `image_tokens` is the packed sequence length, from which dynamic shifting takes its mu: by
-    `dynamic_mu` ("line") or by `empirical_mu`. Raises `ScheduleError` for options that this project
-    does not reproduce, such as Karras sigmas.
+    `dynamic_mu` ("line") or by `empirical_mu`. Where the scheduler is a UniPCMultistepScheduler, a
+    `convention` of "count" becomes "flow_sigmas". Raises `ScheduleError` for options that this
+    project does not reproduce, such as Karras sigmas.
     """
     for option in _UNSUPPORTED:
         if config.get(option):
@@ -251,10 +298,13 @@ def grid_from_config(
             mu = dynamic_mu(config, image_tokens)
         else:
             tokens = image_tokens
+    has_flow_sigmas = config.get("_class_name") == FLOW_SIGMAS_SCHEDULER
+    if has_flow_sigmas:
+        check_flow_sigmas(config, convention)
     return make_grid(
         steps,
-        convention=convention,
-        shift=config.get("shift", 1.0),
+        convention="flow_sigmas" if has_flow_sigmas else convention,
+        shift=config.get("flow_shift" if has_flow_sigmas else "shift", 1.0),
         mu=mu,
         time_shift_type=config.get("time_shift_type", "exponential"),
         shift_terminal=config.get("shift_terminal"),
@@ -264,7 +314,30 @@ def grid_from_config(
         width=width,
         frames=frames,
         image_tokens=tokens,
+        second_stage=second_stage,
     )
+
+
+def check_flow_sigmas(config: Mapping[str, Any], convention: Convention = "count") -> None:
+    """Raise `ScheduleError` unless a UniPCMultistepScheduler's configuration has flow sigmas.
+
+    They end at 0, and are made of the number of steps alone.
+    """
+    expected = {
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+        "final_sigmas_type": "zero",
+        **dict.fromkeys(_UNSUPPORTED, False),
+    }
+    found = {**expected, "use_flow_sigmas": None, "prediction_type": None, **config}
+    wrong = [f"{key} {found[key]!r}" for key in expected if found[key] != expected[key]]
+    if wrong or convention != "count":
+        raise ScheduleError(
+            f"expected a {FLOW_SIGMAS_SCHEDULER} of flow matching, as Wan's, in a pipeline that "
+            "gives it the number of steps alone (use_flow_sigmas, prediction_type flow_prediction, "
+            f"final_sigmas_type zero), found {', '.join(wrong) or 'one that is given sigmas'}; "
+            "give the pipeline a FlowMatchEulerDiscreteScheduler"
+        )
 
 
 def dynamic_mu(config: Mapping[str, Any], image_tokens: int) -> float:

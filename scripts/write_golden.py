@@ -50,6 +50,12 @@ def noise_text() -> str:
 
 FLUX = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
 QWEN = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192}
+WAN = {
+    "_class_name": "UniPCMultistepScheduler",
+    "use_flow_sigmas": True,
+    "prediction_type": "flow_prediction",
+    "flow_shift": 3.0,
+}
 GRID_CASES: tuple[tuple[str, Convention, int, int, dict[str, Any]], ...] = (
     ("static shift", "linspace", 50, 64, {"shift": 3.0}),
     ("one step", "linspace", 1, 64, {"shift": 3.0}),
@@ -60,6 +66,10 @@ GRID_CASES: tuple[tuple[str, Convention, int, int, dict[str, Any]], ...] = (
     ("HunyuanVideo", "linspace_to_zero", 50, 7200, {"shift": 7.0}),
     ("a count alone", "count", 40, 1024, {"shift": 3.0}),
     ("a count, dynamic", "count", 30, 1024, FLUX),
+    ("Wan at 480 pixels", "count", 50, 32760, WAN),
+    ("Wan at 720 pixels", "count", 40, 75600, {**WAN, "flow_shift": 5.0}),
+    ("Wan, one step", "count", 1, 16, WAN),
+    ("Wan with a terminal", "count", 20, 16, {**WAN, "shift_terminal": 0.1}),
 )
 """Name, convention, steps, image tokens and scheduler configuration; mu lies on a line."""
 

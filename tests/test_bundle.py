@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from scripts.host.mutations import sealed
 
 from meancache_trt.bundle import Bundle, create_bundle
 from meancache_trt.errors import BundleError, InputError, ScheduleError
@@ -52,6 +53,18 @@ def test_edited_manifest_is_refused(bundle):
     replace(path, json.dumps(manifest).encode())
     with pytest.raises(BundleError, match="edited or damaged"):
         Bundle.open(bundle)
+
+
+def test_a_bundle_of_an_older_version_that_knew_fewer_fields_opens(bundle):
+    path, before = bundle / "manifest.json", Bundle.open(bundle).manifest
+    manifest = json.loads(path.read_bytes())
+    del manifest["export"]["second_stage"]
+    replace(path, sealed(manifest))
+    found = Bundle.open(bundle)
+    assert found.export == before.export
+    assert found.manifest.digest != before.digest
+    found.add_schedule(small_schedule("later"))
+    assert "later" in Bundle.open(bundle).schedule_names()
 
 
 def test_every_file_is_missed_when_it_is_gone(bundle):

@@ -9,18 +9,13 @@ import pytest
 import torch
 
 from meancache_trt.calibration.baking import bake_schedules
+from meancache_trt.calibration.recording import scheduler_replaced
 from meancache_trt.calibration.trajectories import Array, Trajectories
 from meancache_trt.errors import CalibrationError, InputError
 from meancache_trt.export.checkpoint import Checkpoint
+from meancache_trt.meancache.euler_scheduler import EulerScheduler, euler_options
 from meancache_trt.record import Recorder, RecordOptions
-from tests.export import (
-    tiny_flux,
-    tiny_flux2,
-    tiny_hunyuan_video,
-    tiny_qwen_image,
-    tiny_sd3,
-    tiny_z_image,
-)
+from tests.export.families import TINY
 
 STEPS = 5
 TOLERANCE = 1e-5
@@ -33,18 +28,11 @@ SIZES = {
     "hunyuan_video": (32, 48, 9),
     "sd3": (32, 48, None),
     "flux2": (32, 48, None),
-}
-TINY = {
-    "flux": tiny_flux.tiny_pipeline,
-    "qwen_image": tiny_qwen_image.tiny_pipeline,
-    "z_image": tiny_z_image.tiny_pipeline,
-    "hunyuan_video": tiny_hunyuan_video.tiny_pipeline,
-    "sd3": tiny_sd3.tiny_pipeline,
-    "flux2": tiny_flux2.tiny_pipeline,
+    "wan": (32, 48, 9),
 }
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=SIZES)
 def recorder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorder:
     folder = tmp_path_factory.mktemp(request.param) / "tiny"
     TINY[request.param]().save_pretrained(folder)
@@ -82,7 +70,8 @@ def test_pictures_are_those_of_the_pipeline(recorder: Recorder, recorded: Trajec
     pipeline, call = recorder.pipeline, recorder.call
     first = next(iter(recorded))
     arguments = {**call.arguments(first.prompt), "output_type": "pt"}
-    with torch.inference_mode():
+    euler = EulerScheduler.from_config(euler_options(pipeline.scheduler))  # where it is UniPC
+    with torch.inference_mode(), scheduler_replaced(pipeline, euler):
         output = pipeline(**arguments)
     made = output.frames[0].movedim(1, -1) if hasattr(output, "frames") else output.images[0]
     wanted = made if made.shape[-1] == 3 else made.movedim(0, -1)
@@ -131,13 +120,16 @@ def test_a_range_that_cannot_be_sampled_is_refused(changes: dict[str, object]) -
 
 def test_what_the_model_cannot_take_is_refused_before_the_work(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    tiny_qwen_image.tiny_pipeline().save_pretrained(folder)
+    TINY["qwen_image"]().save_pretrained(folder)
     odd = RecordOptions(size=(33, 48), prompts=("a",))
     with pytest.raises(InputError, match="33"):
         Recorder(Checkpoint(folder), odd)
     below = RecordOptions(size=(32, 48), prompts=("a",), guidance_range=(0.5, 4.0))
     with pytest.raises(InputError, match=r"at least 1, .*found 0\.5"):
         Recorder(Checkpoint(folder), below)
+    second = RecordOptions(size=(32, 48), prompts=("a",), guidance_scale_2=3.0)
+    with pytest.raises(InputError, match="one transformer has one guidance scale, found a second"):
+        Recorder(Checkpoint(folder), second)
 
 
 def test_a_scale_out_of_range_is_refused_before_the_work() -> None:
@@ -149,7 +141,7 @@ def test_a_scale_out_of_range_is_refused_before_the_work() -> None:
 
 def test_recorded_scales_differ_within_the_range(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    tiny_qwen_image.tiny_pipeline().save_pretrained(folder)
+    TINY["qwen_image"]().save_pretrained(folder)
     ranged = RecordOptions(
         size=(32, 48), prompts=("a red dog",), steps=3, samples=2, guidance_range=(2.0, 6.0)
     )

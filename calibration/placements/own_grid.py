@@ -42,6 +42,7 @@ def _made_as(grid: SigmaGrid, steps: int) -> SigmaGrid:
         width=grid.width,
         frames=grid.frames,
         image_tokens=grid.image_tokens,
+        second_stage=grid.second_stage,
     )
 
 

@@ -31,9 +31,9 @@ TensorPtr Memory::of(const std::vector<float>& values) {
   return tensor;
 }
 
-DenoisingLoop::DenoisingLoop(Runtime& runtime, Memory& memory, const Network& network,
+DenoisingLoop::DenoisingLoop(Runtime& runtime, Memory& memory, const Networks& networks,
                              const Update& update, const Schedule& schedule,
-                             const Shape& latent_shape, const LoopConstants& constants)
+                             const Shape& latent_shape, const Bindings& constants)
     : runtime_(runtime), memory_(memory), latents_(several(memory, 2, latent_shape)) {
   const Shape input_shape = update.gives_model_input ? twice(latent_shape) : latent_shape;
   initial_input_ = update.gives_model_input ? memory.zeros(input_shape, MCT_FLOAT32) : latents_[0];
@@ -41,10 +41,12 @@ DenoisingLoop::DenoisingLoop(Runtime& runtime, Memory& memory, const Network& ne
   const TensorPtr output = memory.zeros(input_shape, MCT_FLOAT32);
   const TensorPtr zeros = memory.zeros(latent_shape, MCT_FLOAT32);
   const std::vector<float> timesteps = schedule.timesteps();
+  const std::vector<std::string> parts = schedule.transformers();
   std::vector<CallPtr> calls;
   for (std::size_t node = 0; node < timesteps.size(); ++node) {
     const TensorPtr& here = latents_[node % 2];
-    Bindings move = constants.update;
+    const Network& network = networks.at(parts[node]);
+    Bindings move = network.update_constants;
     for (std::size_t age = 1; age < update.history; ++age) {
       const bool is_read = age < schedule.weights[node].size();
       move["history_" + std::to_string(age)] =
@@ -59,7 +61,7 @@ DenoisingLoop::DenoisingLoop(Runtime& runtime, Memory& memory, const Network& ne
     move["weights"] = memory.of(schedule.row(node, update.history));
     move["next_latent"] = latents_[(node + 1) % 2];
     move["velocity"] = velocities[node % update.history];
-    calls.push_back(evaluation(network, constants.network, timesteps[node],
+    calls.push_back(evaluation(network, constants, timesteps[node],
                                update.gives_model_input ? initial_input_ : here, output));
     calls.push_back(update.graph->bind(move));
     evaluations_.push_back(runtime.sequence({calls.end() - 2, calls.end()}));

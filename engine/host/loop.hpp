@@ -4,6 +4,9 @@
 //     v_n = network(x, timestep_n, conditioning)
 //     x   = x + Σ_j weights[n][j] · v_{n−j}
 //
+// A model of two transformers has both in one loop: each node is bound to the network that its
+// schedule row names, and latent and history go on across the boundary.
+//
 // The latent ping-pongs between two tensors. The velocity of node n goes to slot n mod H of H
 // rotating tensors, and the update of each node is bound to the slots in order of age, so that no
 // history is ever copied. Where a row reads less history, a tensor of zeros is bound that nothing
@@ -13,6 +16,7 @@
 #define MEANCACHE_TRT_HOST_LOOP_HPP
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -37,13 +41,18 @@ class Memory {
 
 // A transformer graph and the names of what the loop itself feeds and reads. The network is fed
 // timestep_scale times the scheduler's timestep, multiplied in double and rounded to float.
+// `update_constants` are tensors for the inputs of the update behind it that the loop does not
+// make.
 struct Network {
   std::shared_ptr<Graph> graph;
   std::string latent;
   std::string timestep;
   std::string output;
   double timestep_scale = 1;
+  Bindings update_constants = {};
 };
+
+using Networks = std::map<std::string, Network>;  // those of Schedule::transformers()
 
 // An update graph; `history` is how many velocities it holds.
 struct Update {
@@ -52,20 +61,14 @@ struct Update {
   bool gives_model_input = false;  // the latent twice, for classifier-free guidance
 };
 
-// Tensors for the inputs of both graphs that the loop does not make.
-struct LoopConstants {
-  Bindings network;
-  Bindings update;
-};
-
 // (evaluations done, B) -> whether to go on.
 using OnEvaluation = std::function<bool(std::int64_t, std::int64_t)>;
 
 class DenoisingLoop {
  public:
-  DenoisingLoop(Runtime& runtime, Memory& memory, const Network& network, const Update& update,
-                const Schedule& schedule, const Shape& latent_shape,
-                const LoopConstants& constants);
+  // `constants` are tensors for the inputs of the networks that the loop does not make.
+  DenoisingLoop(Runtime& runtime, Memory& memory, const Networks& networks, const Update& update,
+                const Schedule& schedule, const Shape& latent_shape, const Bindings& constants);
 
   // Where the loop starts from; the run overwrites it.
   const TensorPtr& initial() const { return latents_[0]; }

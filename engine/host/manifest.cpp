@@ -1,6 +1,7 @@
 #include "manifest.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <set>
 
 #include "error.hpp"
@@ -27,7 +28,32 @@ const std::string& only(const Component& component, const Tensors& tensors, Role
   return *found;
 }
 
+using Graphs = std::map<std::string, std::pair<Tensors, Tensors>>;  // by precision
+
+Graphs graphs_of(const std::map<std::string, Component>& components, const std::string& part) {
+  Graphs found;
+  for (const auto& [name, component] : components) {
+    if (name.substr(0, name.find('/')) == part) {
+      found[component.precision] = {component.inputs, component.outputs};
+    }
+  }
+  return found;
+}
+
+// As Python writes a list.
+std::string precisions_of(const Graphs& graphs) {
+  std::vector<std::string> names;
+  for (const auto& entry : graphs) {
+    names.push_back(repr_of(entry.first));
+  }
+  return "[" + joined(names) + "]";
+}
+
 }  // namespace
+
+bool TensorRecord::operator==(const TensorRecord& other) const {
+  return dtype == other.dtype && shape == other.shape && role == other.role;
+}
 
 Shape TensorRecord::resolved(const Sizes& sizes) const {
   Shape result;
@@ -80,6 +106,30 @@ void check_guidance(const Guidance& guidance, std::optional<double> scale) {
                                      ", which leaves the negative prompt without effect, found " +
                                      text_of(*scale));
   }
+}
+
+std::vector<std::string> Exported::transformers() const {
+  return {std::begin(transformer_names), std::begin(transformer_names) + (second_stage ? 2 : 1)};
+}
+
+void Exported::check_second_stage() const {
+  const Graphs first = graphs_of(components, transformer_names[0]);
+  const Graphs second = graphs_of(components, transformer_names[1]);
+  if (second != (second_stage ? first : Graphs{})) {
+    throw Error(MCT_BUNDLE_ERROR,
+                "a bundle has a second stage where it has graphs of transformer_2, each with the "
+                "tensors of one of transformer, found the stage " +
+                    (second_stage ? second_stage->text() : "None") + " and transformer_2 in " +
+                    precisions_of(second) + " beside transformer in " + precisions_of(first));
+  }
+  const auto scale = second_stage ? second_stage->guidance_scale : std::nullopt;
+  if (scale && !guidance.is_classifier_free()) {
+    throw Error(MCT_INPUT_ERROR,
+                "a second stage has a guidance scale of its own under classifier-free guidance "
+                "only, found " +
+                    general(*scale) + " and the rule " + repr_of(guidance.rule) + "; leave it out");
+  }
+  check_guidance(guidance, scale);
 }
 
 const Component& Exported::component(const std::string& name) const {

@@ -15,6 +15,7 @@
 
 #include "json.hpp"
 #include "meancache_trt.h"
+#include "sigmas.hpp"
 
 namespace mct {
 
@@ -43,6 +44,7 @@ struct TensorRecord {
   std::vector<std::variant<std::int64_t, std::string>> shape;
   Role role = Role::latent;
 
+  bool operator==(const TensorRecord& other) const;
   // The shape with the symbols replaced. Throws a bundle error for a symbol without a size.
   Shape resolved(const Sizes& sizes) const;
 };
@@ -132,7 +134,13 @@ struct Exported {
   JsonValue scheduler;
   std::optional<double> frames_per_second;
   Tiling tiling;
+  std::optional<SecondStage> second_stage;
 
+  // The networks that schedules name: the first and, in a second stage, another.
+  std::vector<std::string> transformers() const;
+  // Throws unless the second transformer is there exactly where a second stage is, and for a scale
+  // of its own that the model cannot take.
+  void check_second_stage() const;
   // Throws a bundle error where there is none of that name.
   const Component& component(const std::string& name) const;
   // A part's graph in the first of `precisions` that there is, with its name.

@@ -226,6 +226,7 @@ Exported read_export(const Json& json) {
     const std::vector<std::string> rules = {"line", "empirical"};
     exported.mu = rules[rule->choice(rules)];
   }
+  exported.second_stage = maybe(object.nullable("second_stage"), read_second_stage);
   object.close();
   return exported;
 }
@@ -282,12 +283,18 @@ Manifest parse_manifest(std::string_view text, const std::string& path) {
   try {
     const JsonValue root = parse_json(text);
     manifest = decode(Json(root));
+    manifest.exported.check_second_stage();
   } catch (const JsonTypeError& fault) {
     throw Error(MCT_BUNDLE_ERROR,
                 path + ": not a valid manifest file: " + fault.what() + "; build the bundle again");
   } catch (const JsonSyntaxError& fault) {
     throw Error(MCT_BUNDLE_ERROR, path + ": not JSON, perhaps truncated: " + fault.what() +
                                       "; build the bundle again");
+  } catch (const Error& error) {
+    if (error.status() != MCT_BUNDLE_ERROR) {
+      throw;
+    }
+    throw Error(MCT_BUNDLE_ERROR, path + ": " + error.what() + "; build the bundle again");
   }
   if (!has_its_digest(text, manifest.digest)) {
     throw Error(MCT_BUNDLE_ERROR,

@@ -62,10 +62,13 @@ void check(const Schedule& schedule) {
   if (const auto& range = schedule.guidance_range) {
     check_guidance_scale(range->first);
     check_guidance_scale(range->second);
-    if (!(range->first < range->second)) {
-      fail("a range of guidance scales has the lower one first, found (" + text_of(range->first) +
-           ", " + text_of(range->second) + ")");
-    }
+  }
+  if (schedule.grid.second_stage) {
+    check_guidance_scale(schedule.grid.second_stage->guidance_scale);
+  }
+  if (const auto& range = schedule.guidance_range; range && !(range->first < range->second)) {
+    fail("a range of guidance scales has the lower one first, found (" + text_of(range->first) +
+         ", " + text_of(range->second) + ")");
   }
   check_weights(schedule);
   if (schedule.is_analytic()) {
@@ -145,6 +148,17 @@ std::vector<float> Schedule::timesteps() const {
   return values;
 }
 
+std::vector<std::string> Schedule::transformers() const {
+  std::vector<std::string> names;
+  for (const float timestep : timesteps()) {
+    // In float32, where diffusers compares them.
+    const bool is_second =
+        grid.second_stage && timestep < static_cast<float>(grid.second_stage->boundary_timestep);
+    names.push_back(transformer_names[is_second ? 1 : 0]);
+  }
+  return names;
+}
+
 std::vector<float> Schedule::row(std::size_t n, std::size_t length) const {
   std::vector<float> values(length, 0.0f);
   std::transform(weights[n].begin(), weights[n].end(), values.begin(),
@@ -178,10 +192,13 @@ void Schedule::check_grid(const SigmaGrid& other) const {
 
 Schedule Schedule::on_grid(const SigmaGrid& other) const {
   const auto difference = grid.difference(other);
-  if (!difference) {
-    return *this;
-  }
   Schedule folded = *this;
+  if (!difference) {
+    if (other.second_stage) {
+      folded.grid.second_stage = other.second_stage;
+    }
+    return folded;
+  }
   folded.grid = other;
   folded.weights = fold(method, other.sigmas, nodes, spans);
   folded.history = 0;

@@ -16,6 +16,9 @@
 
 namespace mct {
 
+// What the networks of both stages are called; most models have the first alone.
+inline const std::string transformer_names[] = {"transformer", "transformer_2"};
+
 // A table of B rows over a grid of T steps; valid once read.
 struct Schedule {
   std::string name;
@@ -37,6 +40,8 @@ struct Schedule {
   bool is_analytic() const;
   // Timestep at each node in the scheduler's units.
   std::vector<float> timesteps() const;
+  // Which of `transformer_names` each node evaluates, by its timestep.
+  std::vector<std::string> transformers() const;
   // Row n as `length` values, with zeros behind; `length` is at least the history.
   std::vector<float> row(std::size_t n, std::size_t length) const;
 
@@ -44,7 +49,8 @@ struct Schedule {
   void check_grid(const SigmaGrid& other) const;
   // Throws where it belongs to another guidance scale.
   void check_guidance(std::optional<double> scale) const;
-  // This schedule for `other`, which check_grid has passed; an analytic one is folded again.
+  // This schedule for `other`, which check_grid has passed; an analytic one is folded again. The
+  // second stage is that of `other`, where it names one.
   Schedule on_grid(const SigmaGrid& other) const;
 };
 

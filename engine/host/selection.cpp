@@ -35,6 +35,7 @@ class Selection {
     request.height = resolution_.height;
     request.width = resolution_.width;
     request.frames = resolution_.frames;
+    request.second_stage = exported.second_stage;
     return grid_from_config(exported.scheduler, request);
   }
 
@@ -146,7 +147,7 @@ bool is_interchangeable(const std::string& precision) {
   return precision == "float32" || precision == "bfloat16" || precision == "float16";
 }
 
-// Throws where a schedule is of another family, checkpoint or precision.
+// Throws where a schedule is of another family, checkpoint or precision, or of more stages.
 void check_origin(const Schedule& schedule, const Exported& exported,
                   const std::string& precision) {
   if (schedule.family && *schedule.family != exported.family) {
@@ -160,6 +161,11 @@ void check_origin(const Schedule& schedule, const Exported& exported,
                   schedule.model_digest->substr(0, 12) + "), this bundle is " +
                   repr_of(exported.model_name) + " (digest " + exported.model_digest.substr(0, 12) +
                   "); calibrate on this checkpoint");
+  }
+  if (schedule.grid.second_stage && !exported.second_stage) {
+    fail_schedule("schedule " + repr_of(schedule.name) + " has a second transformer " +
+                  schedule.grid.second_stage->text() +
+                  ", this bundle has one transformer; bake one for it");
   }
   const bool is_known = is_interchangeable(schedule.precision) && is_interchangeable(precision);
   if (schedule.is_calibrated && schedule.precision != precision && !is_known) {

@@ -69,7 +69,7 @@ Session::Session(std::shared_ptr<Graphs> graphs, const SessionRequest& request)
   }
   precision_ = transformer.second->precision;
   make_inputs(*transformer.second, *update.second);
-  make_loop(transformer, update);
+  make_loop(*transformer.second, update);
   bind_prepare();
   noise_values_.resize(noise_count());
   latent_values_.resize(latent_count());
@@ -126,26 +126,53 @@ void Session::make_inputs(const Component& transformer, const Component& update)
   }
 }
 
-void Session::make_loop(const Named& transformer, const Named& update) {
-  const Exported& exported = graphs_->bundle().exported();
-  const Component& part = *transformer.second;
-  const Role fed = exported.guidance.is_classifier_free() ? Role::model_input : Role::latent;
-  const Network network{load(transformer.first, part), part.input_named(fed),
-                        part.input_named(Role::timestep), part.output_named(Role::velocity),
-                        exported.timestep_scale};
-  const Update move{load(update.first, *update.second), update.second->history(),
-                    update.second->outputs.count("model_input") != 0};
-  LoopConstants constants;
-  for (const auto& [name, tensor] : inputs_) {
-    if (part.inputs.count(name) != 0) {
-      constants.network[name] = tensor;
-    }
-    if (update.second->inputs.count(name) != 0) {
-      constants.update[name] = tensor;
+void Session::make_loop(const Component& transformer, const Named& update) {
+  const Component& part = *update.second;
+  Networks networks;
+  for (const std::string& name : schedule().transformers()) {
+    if (networks.count(name) == 0) {
+      networks[name] = network_of(name, part);
     }
   }
-  loop_ = std::make_unique<DenoisingLoop>(graphs_->runtime(), memory_, network, move, schedule(),
+  Bindings constants;
+  for (const auto& [name, tensor] : inputs_) {
+    if (transformer.inputs.count(name) != 0) {
+      constants[name] = tensor;
+    }
+  }
+  const Update move{load(update.first, part), part.history(),
+                    part.outputs.count("model_input") != 0};
+  loop_ = std::make_unique<DenoisingLoop>(graphs_->runtime(), memory_, networks, move, schedule(),
                                           with_batch(resolution_.latent_shape), constants);
+}
+
+Network Session::network_of(const std::string& part, const Component& update) {
+  const Exported& exported = graphs_->bundle().exported();
+  const auto [name, component] = graphs_->network(part);
+  const Role fed = exported.guidance.is_classifier_free() ? Role::model_input : Role::latent;
+  Network network{load(name, *component), component->input_named(fed),
+                  component->input_named(Role::timestep), component->output_named(Role::velocity),
+                  exported.timestep_scale};
+  for (const auto& [input, record] : update.inputs) {
+    if (record.role == Role::guidance_scale) {
+      network.update_constants[input] = scale_of(part, input, record);
+    }
+  }
+  return network;
+}
+
+// The pictures' scale, or the second stage's own.
+TensorPtr Session::scale_of(const std::string& part, const std::string& name,
+                            const TensorRecord& record) {
+  const auto& stage = graphs_->bundle().exported().second_stage;
+  if (part == transformer_names[0] || !stage || !stage->guidance_scale) {
+    return inputs_.at(name);
+  }
+  const TensorPtr tensor = memory_.zeros(record.resolved(sizes_), record.dtype);
+  const auto scale = static_cast<float>(*stage->guidance_scale);
+  const std::vector<float> scales(elements_of(tensor->shape()), scale);
+  tensor->write(scales.data(), MCT_HOST, nullptr);
+  return tensor;
 }
 
 void Session::bind_prepare() {

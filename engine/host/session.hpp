@@ -2,7 +2,7 @@
 // src/meancache_trt/session.py:
 //
 //     noise, conditioning ── prepare ──▶ latent, position tables
-//     latent ── loop: B x (transformer, update) ──▶ latent
+//     latent ── loop: B x (transformer or transformer_2, update) ──▶ latent
 //     latent ── vae_decoder ──▶ pictures
 
 #ifndef MEANCACHE_TRT_HOST_SESSION_HPP
@@ -89,7 +89,9 @@ class Session {
   std::shared_ptr<Graph> load(const std::string& name, const Component& component);
   Shape with_batch(const Shape& sample) const;
   void make_inputs(const Component& transformer, const Component& update);
-  void make_loop(const Named& transformer, const Named& update);
+  void make_loop(const Component& transformer, const Named& update);
+  Network network_of(const std::string& part, const Component& update);
+  TensorPtr scale_of(const std::string& part, const std::string& name, const TensorRecord& record);
   void bind_prepare();
   void check_place(const char* what, const Given& given, std::size_t expected) const;
   Encoder& encoder(const std::string& name);

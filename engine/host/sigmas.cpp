@@ -10,6 +10,8 @@ namespace mct {
 namespace {
 
 constexpr double largest_mu = 80.0;  // exp(mu) stays a float32 below this
+constexpr double below_one = 1e-6;   // UniPCMultistepScheduler, because λ has to be finite
+constexpr const char* flow_sigmas_scheduler = "UniPCMultistepScheduler";
 
 [[noreturn]] void fail(const std::string& text) { throw Error(MCT_SCHEDULE_ERROR, text); }
 
@@ -66,10 +68,18 @@ std::vector<double> counted(const Recipe& recipe) {
   return values;
 }
 
+// Over the whole training range, to above its end.
+std::vector<double> flow_sigmas(const Recipe& recipe) {
+  const double low = 1 / static_cast<double>(recipe.num_train_timesteps);
+  std::vector<double> values = linspace(1.0, low, recipe.steps + 1);
+  values.pop_back();
+  return values;
+}
+
 // Shift and stretch in `Float`: pipelines that hand over sigmas are shifted in float32, those that
 // hand over a count in float64.
 template <class Float>
-std::vector<float> shifted(const std::vector<double>& raw, const Recipe& recipe) {
+std::vector<Float> shifted(const std::vector<double>& raw, const Recipe& recipe) {
   std::vector<Float> values(raw.size());
   std::transform(raw.begin(), raw.end(), values.begin(),
                  [](double value) { return static_cast<Float>(value); });
@@ -92,7 +102,46 @@ std::vector<float> shifted(const std::vector<double>& raw, const Recipe& recipe)
       value = 1 - (1 - value) / stretch;
     }
   }
-  return std::vector<float>(values.begin(), values.end());
+  return values;
+}
+
+struct Steps {
+  std::vector<float> sigmas;
+  std::vector<float> timesteps;
+};
+
+template <class Float>
+Steps scaled(const std::vector<Float>& sigmas, const Recipe& recipe) {
+  Steps steps;
+  for (const Float sigma : sigmas) {
+    steps.sigmas.push_back(static_cast<float>(sigma));
+    steps.timesteps.push_back(steps.sigmas.back() * static_cast<float>(recipe.num_train_timesteps));
+  }
+  return steps;
+}
+
+// As UniPCMultistepScheduler has them: timesteps are cut to whole numbers.
+Steps whole(std::vector<double> sigmas, const Recipe& recipe) {
+  if (std::fabs(sigmas.front() - 1) < below_one) {
+    sigmas.front() -= below_one;
+  }
+  Steps steps;
+  for (const double sigma : sigmas) {
+    const double timestep = std::trunc(sigma * static_cast<double>(recipe.num_train_timesteps));
+    steps.sigmas.push_back(static_cast<float>(sigma));
+    steps.timesteps.push_back(static_cast<float>(timestep));
+  }
+  return steps;
+}
+
+Steps steps_of(const Recipe& recipe) {
+  if (recipe.convention == "flow_sigmas") {
+    return whole(shifted<double>(flow_sigmas(recipe), recipe), recipe);
+  }
+  if (recipe.convention == "count") {
+    return scaled(shifted<double>(counted(recipe), recipe), recipe);
+  }
+  return scaled(shifted<float>(pipeline_sigmas(recipe.convention, recipe.steps), recipe), recipe);
 }
 
 void check_recipe(const Recipe& recipe) {
@@ -118,17 +167,12 @@ void check_recipe(const Recipe& recipe) {
 
 SigmaGrid make_grid(const Recipe& recipe) {
   check_recipe(recipe);
-  const std::vector<float> values =
-      recipe.convention == "count"
-          ? shifted<double>(counted(recipe), recipe)
-          : shifted<float>(pipeline_sigmas(recipe.convention, recipe.steps), recipe);
+  const Steps steps = steps_of(recipe);
   SigmaGrid grid;
   grid.steps = recipe.steps;
-  grid.sigmas.assign(values.begin(), values.end());
+  grid.sigmas.assign(steps.sigmas.begin(), steps.sigmas.end());
   grid.sigmas.push_back(0.0);
-  for (const float value : values) {
-    grid.timesteps.push_back(value * static_cast<float>(recipe.num_train_timesteps));
-  }
+  grid.timesteps.assign(steps.timesteps.begin(), steps.timesteps.end());
   grid.convention = recipe.convention;
   grid.num_train_timesteps = recipe.num_train_timesteps;
   grid.shift = recipe.mu ? std::nullopt : std::optional<double>(recipe.shift);
@@ -171,6 +215,48 @@ double empirical_mu(std::int64_t image_tokens, std::int64_t steps) {
   return slope * static_cast<double>(steps) + (at_200 - 200.0 * slope);
 }
 
+bool has_flow_sigmas(const JsonValue& config) {
+  const JsonValue* name = config.find("_class_name");
+  return name != nullptr && name->text == flow_sigmas_scheduler;
+}
+
+// Python's repr of a value of the configuration.
+std::string shown(const JsonValue* value) {
+  if (value == nullptr || value->kind == JsonValue::Kind::null) {
+    return "None";
+  }
+  if (value->kind == JsonValue::Kind::boolean) {
+    return value->boolean ? "True" : "False";
+  }
+  return value->kind == JsonValue::Kind::text ? "'" + value->text + "'" : text_of(value->number);
+}
+
+// A UniPCMultistepScheduler whose grid ends at 0 and is made of the number of steps alone.
+void check_flow_sigmas(const JsonValue& config, const std::string& convention) {
+  std::vector<std::string> wrong;
+  const auto expect = [&](const char* key, bool is_as_expected) {
+    if (!is_as_expected) {
+      wrong.push_back(std::string(key) + " " + shown(config.find(key)));
+    }
+  };
+  const auto is_text = [&](const char* key, const char* text) {
+    const JsonValue* value = config.find(key);
+    return value != nullptr && value->text == text;
+  };
+  expect("use_flow_sigmas", is_set(config, "use_flow_sigmas"));
+  expect("prediction_type", is_text("prediction_type", "flow_prediction"));
+  expect("final_sigmas_type",
+         config.find("final_sigmas_type") == nullptr || is_text("final_sigmas_type", "zero"));
+  if (wrong.empty() && convention == "count") {
+    return;
+  }
+  fail(std::string("expected a ") + flow_sigmas_scheduler +
+       " of flow matching, as Wan's, in a pipeline that gives it the number of steps alone "
+       "(use_flow_sigmas, prediction_type flow_prediction, final_sigmas_type zero), found " +
+       (wrong.empty() ? "one that is given sigmas" : joined(wrong)) +
+       "; give the pipeline a FlowMatchEulerDiscreteScheduler");
+}
+
 std::optional<std::int64_t> given(std::int64_t value) {
   return value == 0 ? std::nullopt : std::optional<std::int64_t>(value);
 }
@@ -189,7 +275,12 @@ SigmaGrid grid_from_config(const JsonValue& config, const GridRequest& request) 
   Recipe recipe;
   recipe.steps = request.steps;
   recipe.convention = request.convention;
-  recipe.shift = number_of(config, "shift", 1.0);
+  const bool is_flow_sigmas = has_flow_sigmas(config);
+  if (is_flow_sigmas) {
+    check_flow_sigmas(config, request.convention);
+    recipe.convention = "flow_sigmas";
+  }
+  recipe.shift = number_of(config, is_flow_sigmas ? "flow_shift" : "shift", 1.0);
   const bool is_dynamic = is_set(config, "use_dynamic_shifting");
   const bool is_empirical = is_dynamic && request.mu_rule == "empirical";
   if (is_dynamic) {
@@ -208,7 +299,17 @@ SigmaGrid grid_from_config(const JsonValue& config, const GridRequest& request) 
   if (is_empirical) {
     grid.image_tokens = request.image_tokens;
   }
+  grid.second_stage = request.second_stage;
   return grid;
+}
+
+bool SecondStage::operator==(const SecondStage& other) const {
+  return boundary_timestep == other.boundary_timestep && guidance_scale == other.guidance_scale;
+}
+
+std::string SecondStage::text() const {
+  return "below timestep " + general(boundary_timestep) +
+         (guidance_scale ? ", guidance scale " + general(*guidance_scale) : "");
 }
 
 std::optional<std::string> SigmaGrid::difference(const SigmaGrid& other) const {
@@ -235,6 +336,9 @@ std::optional<std::string> SigmaGrid::difference(const SigmaGrid& other) const {
   if (num_train_timesteps != other.num_train_timesteps) {
     return "timesteps of sigma x " + text_of(num_train_timesteps) + " against " +
            text_of(other.num_train_timesteps);
+  }
+  if (second_stage && other.second_stage && !(*second_stage == *other.second_stage)) {
+    return "second stage " + second_stage->text() + " against " + other.second_stage->text();
   }
   return std::nullopt;
 }
@@ -268,13 +372,27 @@ void check_sigmas(const std::vector<double>& sigmas, std::int64_t steps) {
   }
 }
 
+SecondStage read_second_stage(const Json& json) {
+  JsonObject object(json);
+  SecondStage stage;
+  stage.boundary_timestep = object.required("boundary_timestep").number();
+  stage.guidance_scale = maybe(object.nullable("guidance_scale"), to_number);
+  object.close();
+  if (!(stage.boundary_timestep >= 0) || std::isinf(stage.boundary_timestep)) {
+    fail("the timestep of a second stage is 0 or more and finite, found " +
+         general(stage.boundary_timestep) + "; Wan 2.2 has 875");
+  }
+  return stage;
+}
+
 SigmaGrid read_grid(const Json& json) {
   JsonObject object(json);
   SigmaGrid grid;
   grid.steps = object.required("steps").integer();
   grid.sigmas = list_of(object.required("sigmas"), to_number);
   grid.timesteps = list_of(object.required("timesteps"), to_number);
-  const std::vector<std::string> conventions = {"linspace", "linspace_to_zero", "count", "custom"};
+  const std::vector<std::string> conventions = {"linspace", "linspace_to_zero", "count",
+                                                "flow_sigmas", "custom"};
   if (const auto convention = object.optional("convention")) {
     grid.convention = conventions[convention->choice(conventions)];
   } else {
@@ -294,6 +412,7 @@ SigmaGrid read_grid(const Json& json) {
   grid.width = maybe(object.nullable("width"), to_integer);
   grid.frames = maybe(object.nullable("frames"), to_integer);
   grid.image_tokens = maybe(object.nullable("image_tokens"), to_integer);
+  grid.second_stage = maybe(object.nullable("second_stage"), read_second_stage);
   object.close();
   check_sigmas(grid.sigmas, grid.steps);
   if (grid.timesteps.size() != static_cast<std::size_t>(grid.steps)) {

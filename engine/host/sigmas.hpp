@@ -16,6 +16,16 @@ namespace mct {
 // Grids closer than this at every step are the same grid.
 constexpr double sigma_tolerance = 1e-6;
 
+// Where a model of two transformers hands over to the second, and how that one is guided.
+struct SecondStage {
+  double boundary_timestep = 0;          // in the scheduler's units; below it, it is transformer_2
+  std::optional<double> guidance_scale;  // its own; none where the first one's acts in both
+
+  bool operator==(const SecondStage& other) const;
+  // Such as "below timestep 875, guidance scale 3".
+  std::string text() const;
+};
+
 struct SigmaGrid {
   std::int64_t steps = 0;
   std::vector<double> sigmas;     // T + 1, descending; the last may repeat
@@ -30,6 +40,7 @@ struct SigmaGrid {
   std::optional<std::int64_t> width;
   std::optional<std::int64_t> frames;
   std::optional<std::int64_t> image_tokens;  // where mu is the empirical one of them
+  std::optional<SecondStage> second_stage;
 
   // In words how `other` differs, or nothing where both are the same grid.
   std::optional<std::string> difference(const SigmaGrid& other) const;
@@ -39,6 +50,7 @@ struct SigmaGrid {
 
 // Throws JsonTypeError or a schedule error.
 SigmaGrid read_grid(const Json& json);
+SecondStage read_second_stage(const Json& json);
 
 // Throws a schedule error unless `sigmas` are steps + 1 finite, descending values in [0, 1].
 void check_sigmas(const std::vector<double>& sigmas, std::int64_t steps);
@@ -52,6 +64,7 @@ struct GridRequest {
   std::int64_t width = 0;
   std::optional<std::int64_t> frames;
   std::string mu_rule = "line";  // or "empirical"
+  std::optional<SecondStage> second_stage;
 };
 
 // The grid of a pipeline with this scheduler_config.json. Throws a schedule error for options that

@@ -218,7 +218,8 @@ typedef struct mct_session_options {
   int64_t batch;       /* pictures at a time; 0 means 1 */
   int64_t text_tokens; /* a text length below the bundle's; 0: the bundle's */
   int has_guidance_scale;
-  double guidance_scale; /* else the schedule's own, or the model's default */
+  double guidance_scale; /* else the schedule's own, or the model's default; of a model with two
+                            transformers the first one's, where the bundle has a second */
   int threads;           /* cores that one graph may use, on a CPU; 0: all */
   int device;            /* index of the GPU */
   int concurrency; /* sessions of this bundle, with the same backend and threads, that run side

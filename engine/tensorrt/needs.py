@@ -17,12 +17,11 @@ def planned_precisions(
 ) -> tuple[str, ...]:
     """The precisions of a transformer that can be loaded, preferred first, then the others."""
     wanted = precisions_for(compute_capability)
-    names = {precision: component_name("transformer", precision) for precision in wanted}
     here = [
         precision
-        for precision, name in names.items()
-        if name in bundle.export.components
-        and _problem(bundle, [name], library, compute_capability) is None
+        for precision in wanted
+        for names in _graphs(bundle, bundle.export.transformers, [precision])
+        if _problem(bundle, [names], library, compute_capability) is None
     ]
     return (*here, *(precision for precision in wanted if precision not in here))
 
@@ -30,38 +29,43 @@ def planned_precisions(
 def check_plans(bundle: Bundle, library: Library, compute_capability: str) -> None:
     """Raise `PlanMismatchError` where a graph that a render needs has no plan for this GPU.
 
-    Of networks one precision is needed, of update graphs one.
+    Of networks one precision is needed, the same of both transformers, of update graphs one.
     """
-    for names in _needed(bundle, precisions_for(compute_capability)):
-        problem = _problem(bundle, names, library, compute_capability)
+    for choices in _needed(bundle, precisions_for(compute_capability)):
+        problem = _problem(bundle, choices, library, compute_capability)
         if problem is not None:
             raise problem
 
 
-def _needed(bundle: Bundle, precisions: Sequence[str]) -> Iterable[list[str]]:
-    """For each graph of a render the components any of which will do."""
-    components = bundle.export.components
-    updates = [name for name in components if name.startswith("update/")]
-    texts = bundle.export.text_graphs()
-    parts = ("transformer", "vae_decoder", "prepare", *texts)
-    networks = [[component_name(part, precision) for precision in precisions] for part in parts]
-    return [[name for name in names if name in components] for names in [*networks, updates]]
+def _needed(bundle: Bundle, precisions: Sequence[str]) -> Iterable[list[list[str]]]:
+    """What a render needs: for each need the choices, any of which will do, of components."""
+    parts = ("vae_decoder", "prepare", *bundle.export.text_graphs())
+    for together in [bundle.export.transformers, *((part,) for part in parts)]:
+        yield _graphs(bundle, together, precisions)
+    yield [[name] for name in bundle.export.components if name.startswith("update/")]
+
+
+def _graphs(bundle: Bundle, parts: Sequence[str], precisions: Sequence[str]) -> list[list[str]]:
+    """The graphs of some parts, in each of `precisions` that they have."""
+    choices = [[component_name(part, precision) for part in parts] for precision in precisions]
+    return [names for names in choices if names[0] in bundle.export.components]
 
 
 def _problem(
-    bundle: Bundle, names: Sequence[str], library: Library, compute_capability: str
+    bundle: Bundle, choices: Sequence[Sequence[str]], library: Library, compute_capability: str
 ) -> PlanMismatchError | None:
-    """Why none of some components can be loaded; None where one can."""
-    store, problem = PlanStore(bundle), None
-    for name in names:
+    """Why not all components of any choice can be loaded; None where they can."""
+    problem = None
+    for names in choices:
         try:
-            store.loadable(
-                name,
-                bundle.export.components[name],
-                flavour=library.flavour,
-                version=library.version,
-                capability=compute_capability,
-            )
+            for name in names:
+                PlanStore(bundle).loadable(
+                    name,
+                    bundle.export.components[name],
+                    flavour=library.flavour,
+                    version=library.version,
+                    capability=compute_capability,
+                )
         except PlanMismatchError as error:
             problem = error
         else:

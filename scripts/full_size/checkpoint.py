@@ -43,8 +43,10 @@ def write_checkpoint(
     """
     writer = _Writer(has_values, is_dense)
     folder.mkdir(parents=True)
-    index: dict[str, Any] = {"_class_name": model.pipeline}
+    index: dict[str, Any] = {"_class_name": model.pipeline, **model.index}
     parts = {"transformer": model.transformer, "vae": model.vae}
+    if model.transformer_2 is not None:
+        parts["transformer_2"] = model.transformer_2
     for name, config in parts.items():
         index[name] = ["diffusers", config["_class_name"]]
         writer.part(folder / name, config, _diffusers_shapes(config), "diffusion_pytorch_model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Config = Mapping[str, Any]
@@ -44,6 +44,13 @@ _T5_XXL: Config = {
     "relative_attention_num_buckets": 32,
     "tie_word_embeddings": False,
     "vocab_size": 32128,
+}
+_UMT5_XXL: Config = {
+    **_T5_XXL,
+    "architectures": ["UMT5EncoderModel"],
+    "model_type": "umt5",
+    "scalable_attention": True,
+    "vocab_size": 256384,
 }
 _PROJECTED_CLIP_L: Config = {**_CLIP_L, "architectures": ["CLIPTextModelWithProjection"]}
 _PROJECTED_CLIP_G: Config = {
@@ -278,6 +285,45 @@ _FLUX2_VAE: Config = {
     "latent_channels": 32,
     "sample_size": 1024,
 }
+_WAN_14B: Config = {
+    "_class_name": "WanTransformer3DModel",
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "ffn_dim": 13824,
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 40,
+    "num_layers": 40,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "pos_embed_seq_len": None,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": 4096,
+}
+_WAN_1B: Config = {**_WAN_14B, "ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30}
+_WAN_VAE: Config = {
+    "_class_name": "AutoencoderKLWan",
+    "attn_scales": [],
+    "base_dim": 96,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "z_dim": 16,
+}
+_UNIPC: Config = {
+    "_class_name": "UniPCMultistepScheduler",
+    "final_sigmas_type": "zero",
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "use_flow_sigmas": True,
+}
 _SCHEDULER: Config = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
@@ -288,7 +334,10 @@ _SCHEDULER: Config = {
 
 @dataclass(frozen=True)
 class FullSize:
-    """A published checkpoint: its pipeline class, configurations by folder, a size to export."""
+    """A published checkpoint: its pipeline class, configurations by folder, a size to export.
+
+    `index` is what model_index.json has besides its parts.
+    """
 
     pipeline: str
     transformer: Config
@@ -296,6 +345,8 @@ class FullSize:
     scheduler: Config
     encoders: Mapping[str, Config]
     size: Mapping[str, int]
+    transformer_2: Config | None = None
+    index: Config = field(default_factory=dict)
 
 
 MODELS: Mapping[str, FullSize] = {
@@ -375,5 +426,23 @@ MODELS: Mapping[str, FullSize] = {
         scheduler={**_SCHEDULER, "shift": 3.0, "use_dynamic_shifting": True},
         encoders={"text_encoder": _MISTRAL_3},
         size={"height": 1024, "width": 1024},
+    ),
+    "Wan2.1-T2V-1.3B": FullSize(
+        pipeline="WanPipeline",
+        transformer=_WAN_1B,
+        vae=_WAN_VAE,
+        scheduler=_UNIPC,
+        encoders={"text_encoder": _UMT5_XXL},
+        size={"height": 480, "width": 832, "frames": 81},
+    ),
+    "Wan2.2-T2V-A14B": FullSize(
+        pipeline="WanPipeline",
+        transformer=_WAN_14B,
+        vae=_WAN_VAE,
+        scheduler=_UNIPC,
+        encoders={"text_encoder": _UMT5_XXL},
+        size={"height": 480, "width": 832, "frames": 81},
+        transformer_2=_WAN_14B,
+        index={"boundary_ratio": 0.875, "expand_timesteps": False},
     ),
 }

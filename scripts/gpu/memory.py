@@ -97,7 +97,7 @@ def _parts(pair: Pair) -> dict[str, Component]:
     graphs, export = pair.tested.graphs, pair.tested.bundle.export
     return {
         "prepare": export.components["prepare"],
-        "transformer": graphs.network("transformer"),
+        **{part: graphs.network(part) for part in export.transformers},
         "update": export.update_for(pair.schedule.history),
         "vae_decoder": graphs.network("vae_decoder"),
     }

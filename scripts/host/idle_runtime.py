@@ -65,7 +65,7 @@ def idle_loop(evaluations: int) -> DenoisingLoop:
     runtime: Any = _Runtime()
     return DenoisingLoop(
         runtime,
-        Network(_Idle({}, {}), "x", "t", "v", 0.001),
+        {"transformer": Network(_Idle({}, {}), "x", "t", "v", 0.001)},
         update,
         schedule=bake("euler", make_grid(evaluations), range(evaluations)),
         latent_shape=(1, 64, 32),

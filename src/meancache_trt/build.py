@@ -57,7 +57,7 @@ class ExportOptions:
     `size` is (height, width) in pixels; `frames` of a video and `text_tokens` None mean what the
     family's pipeline takes. `further_sizes` are listed in the bundle besides. `batch` is what plans
     are meant for; None means one picture, or what a bundle that is there says. `precisions` are
-    explained at `export_components`, as is `parity_bytes`.
+    explained at `export_components`, as are `parity_bytes` and `guidance_scale_2`.
     """
 
     size: tuple[int, int]
@@ -69,6 +69,7 @@ class ExportOptions:
     precisions: tuple[str, ...] | None = None
     is_parity_checked: bool = True
     parity_bytes: int | None = None
+    guidance_scale_2: float | None = None
 
     @property
     def sizes(self) -> tuple[PictureSize, ...]:
@@ -124,6 +125,7 @@ def export(
             precisions=options.precisions,
             check_parity=options.is_parity_checked,
             parity_bytes=options.parity_bytes,
+            guidance_scale_2=options.guidance_scale_2,
             report=lambda stage: note(f"export: {stage}"),
         )
 
@@ -156,7 +158,11 @@ def _extended(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions, no
 def _difference(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions) -> str | None:
     """What sets the bundle apart from one that can be had by adding to it, or None."""
     there = bundle.export
-    other = _other_model(there.model, identify(checkpoint)) or _other_file(bundle, checkpoint)
+    other = (
+        _other_model(there.model, identify(checkpoint))
+        or _other_file(bundle, checkpoint)
+        or _other_stage(there, options.guidance_scale_2)
+    )
     if other is not None:
         return other
     if options.text_tokens not in (None, there.text_tokens):
@@ -188,6 +194,12 @@ def _other_file(bundle: Bundle, checkpoint: Checkpoint) -> str | None:
         if source.is_file() and verified_sha256(source) != listed.sha256:
             return f"{path} against the checkpoint's"
     return None
+
+
+def _other_stage(there: Exported, guidance_scale_2: float | None) -> str | None:
+    if guidance_scale_2 in (None, there.second_guidance_scale):
+        return None
+    return f"second stage {there.second_stage} against a guidance scale of {guidance_scale_2:g}"
 
 
 def record_pipeline(

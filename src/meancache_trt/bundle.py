@@ -9,8 +9,8 @@
 
 A bundle is built in a temporary directory and renamed, so that it is there whole or not at all.
 Schedules and plans are added later, each by an atomic write under a lock; so are resolutions, which
-are entries of the manifest alone. `bundle_id` covers graphs and weights, not what is added:
-pictures with one `bundle_id` and one schedule are comparable.
+are entries of the manifest alone. `bundle_id` covers graphs, weights and the second stage, not what
+is added: pictures with one `bundle_id` and one schedule are comparable.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from meancache_trt.errors import BundleError, InputError, ScheduleError
 from meancache_trt.manifest import Component, Exported, Resolution
 from meancache_trt.meancache.files import (
     atomic_write,
-    decode_json,
+    decode_text,
     encode_json,
     made_directory,
+    read_bytes,
     write_json,
 )
 from meancache_trt.meancache.hashing import digest_of, sha256_of, verified_sha256
 from meancache_trt.meancache.schedule import Schedule, load_schedule
+from meancache_trt.second_stage import check_second_stage
 from meancache_trt.shapes import Range
 
 Version = Literal["meancache-trt/bundle/1"]
@@ -245,6 +247,7 @@ def create_bundle(
     Raises:
         InputError: where something that is no bundle stands at `directory`, or its parent cannot
             be written.
+        MeanCacheError: as `check_second_stage` does.
     """
     directory = directory.absolute()
     if directory.exists() and not (directory / MANIFEST).is_file() and not _is_empty(directory):
@@ -279,6 +282,7 @@ def _temporary_beside(directory: Path) -> Path:
 
 
 def _write_manifest(building: Path, exported: Exported, tools: dict[str, str]) -> None:
+    check_second_stage(exported)
     hashed = {file.path: file.sha256 for file in exported.weight_files()}
     paths = sorted(path for path in building.rglob("*") if path.is_file())
     files = {}
@@ -286,7 +290,8 @@ def _write_manifest(building: Path, exported: Exported, tools: dict[str, str]) -
         name = path.relative_to(building).as_posix()
         files[name] = FileRecord(path.stat().st_size, hashed.get(name) or sha256_of(path))
     contents = [(name, record.sha256) for name, record in files.items()]
-    bundle_id = digest_of(encode_json([exported.family, contents]))
+    stages = [] if exported.second_stage is None else [exported.second_stage]
+    bundle_id = digest_of(encode_json([exported.family, contents, *stages]))
     manifest = Manifest(bundle_id=bundle_id, tools=tools, export=exported, files=files)
     write_json(building / MANIFEST, manifest.sealed())
 
@@ -320,16 +325,28 @@ def _read_manifest(directory: Path) -> Manifest:
             f"expected a bundle at {directory}, found {what}; make one with "
             f"`meancache-trt build MODEL -o {directory}`"
         )
+    text = read_bytes(path)
     try:
-        manifest = decode_json(path, Manifest, BundleError)
+        manifest = decode_text(text, Manifest, BundleError)
+        check_second_stage(manifest.export)
     except BundleError as error:
         raise BundleError(f"{path}: {error}; build the bundle again") from error
-    if manifest.sealed().digest != manifest.digest:
+    if not _has_its_digest(text, manifest.digest):
         raise BundleError(
             f"{path} does not have the digest that it states, so it was edited or damaged; build "
             "the bundle again"
         )
     return manifest
+
+
+def _has_its_digest(text: bytes, digest: str) -> bool:
+    """Whether it is that of the text in which it is "".
+
+    Of the text as it stands, since a bundle of an older version lacks fields that this one writes.
+    """
+    endings = [f'\n "digest": "{value}"\n}}\n'.encode() for value in (digest, "")]
+    rest = text.removesuffix(endings[0])
+    return rest != text and digest_of(rest + endings[1]) == digest
 
 
 def _check_files(directory: Path, manifest: Manifest, *, is_full_check: bool) -> None:

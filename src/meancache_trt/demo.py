@@ -144,7 +144,7 @@ def _count_calls(pipeline: Pipeline, conditioning: Conditioning, schedule: Sched
     session = Session(pipeline.graphs, schedule, size, wrap_transformer=probe)
     noise = philox_normal(SEED, size.noise_shape)[None]
     session.run(noise, conditioning.select(0).tensors, pipeline.guidance())
-    return len(probes[0].calls_ms)
+    return sum(len(probe.calls_ms) for probe in probes)
 
 
 def contact_sheet(renderings: Mapping[int, Sequence[Rendering]], scale: int = 2) -> Image.Image:

@@ -27,7 +27,7 @@ from meancache_trt.bundle import Bundle
 from meancache_trt.engine.cuda.device import ALIGNMENT_BYTES
 from meancache_trt.engine.probe import Gpu
 from meancache_trt.engine.select import check_backend, open_runtime
-from meancache_trt.errors import InputError
+from meancache_trt.errors import BundleError, InputError
 from meancache_trt.export.job import PIPELINE_FOLDER
 from meancache_trt.export.registry import FAMILIES
 from meancache_trt.manifest import TensorRecord
@@ -53,6 +53,7 @@ class EngineTransformer:
 
     Args:
         bundle: opened.
+        part: "transformer", or "transformer_2" of a bundle with a second stage.
         runtime: what executes the graph; the caller closes it. By default one is opened.
         backend: which one to open: "auto" or a name that `meancache-trt doctor` lists.
         threads: cores that it may use; 0 means all.
@@ -65,7 +66,7 @@ class EngineTransformer:
         device: where the runtime computes; tensors from elsewhere are copied there and back.
 
     Raises:
-        BundleError: where the runtime cannot load the graph.
+        BundleError: where the bundle has no such part, or the runtime cannot load the graph.
         RuntimeUnavailableError: where the backend cannot run here.
     """
 
@@ -73,22 +74,24 @@ class EngineTransformer:
         self,
         bundle: Bundle,
         *,
+        part: str = "transformer",
         runtime: Runtime | None = None,
         backend: str = "auto",
         threads: int = 0,
         gpu: Gpu | None = None,
     ) -> None:
+        _check_part(bundle, part)
         self.bundle = bundle
         self._family = FAMILIES[bundle.export.family]
         self._wrapper = self._family.wrapper()
         module = getattr(diffusers, self._family.transformer_class)
         self._signature = _without_self(inspect.signature(module.forward))
-        self.config = _config(module, bundle)
+        self.config = _config(module, bundle, part)
         self.in_channels: int = self.config["in_channels"]
         self._configs = {"transformer": self.config}
         self._is_owner = runtime is None
         self._runtime = runtime or open_runtime(backend, bundle=bundle, threads=threads, gpu=gpu)
-        _, self._component = bundle.export.component_in("transformer", self._runtime.precisions)
+        _, self._component = bundle.export.component_in(part, self._runtime.precisions)
         self._graph = self._runtime.load(bundle.component_path(self._component))
         self._tables: dict[Hashable, Tensors] = {}
         self.device = torch.device(self._runtime.device)
@@ -99,6 +102,7 @@ class EngineTransformer:
         cls,
         bundle: Path | str,
         *,
+        part: str = "transformer",
         backend: str = "auto",
         threads: int = 0,
         is_full_check: bool = False,
@@ -107,6 +111,7 @@ class EngineTransformer:
 
         Args:
             bundle: the directory.
+            part: see the class.
             backend: see the class.
             threads: see the class.
             is_full_check: hash the weights even where their size and times are unchanged.
@@ -117,7 +122,7 @@ class EngineTransformer:
         """
         gpu = check_backend(backend)  # before anything is read and hashed
         opened = Bundle.open(bundle, is_full_check=is_full_check)
-        return cls(opened, backend=backend, threads=threads, gpu=gpu)
+        return cls(opened, part=part, backend=backend, threads=threads, gpu=gpu)
 
     def __enter__(self) -> Self:
         if self._is_owner:
@@ -155,7 +160,11 @@ class EngineTransformer:
 
     forward = __call__
 
-    def cache_context(self, name: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+    def cache_context(
+        self,
+        name: str,  # noqa: ARG002
+        **state: Any,  # noqa: ARG002
+    ) -> contextlib.AbstractContextManager[None]:
         """Do nothing: diffusers' caches, which tell branches of guidance apart, are not in use."""
         return contextlib.nullcontext()
 
@@ -256,9 +265,18 @@ class EngineTransformer:
         return velocity
 
 
-def _config(module: Any, bundle: Bundle) -> FrozenDict:
+def _check_part(bundle: Bundle, part: str) -> None:
+    known = bundle.export.transformers
+    if part not in known:
+        raise BundleError(
+            f"expected one of the bundle's networks, {', '.join(known)}, found {part!r}; a bundle "
+            "has a transformer_2 where its model has a second stage"
+        )
+
+
+def _config(module: Any, bundle: Bundle, part: str) -> FrozenDict:
     """The checkpoint's configuration, with the defaults of what it leaves out."""
-    path = bundle.directory / PIPELINE_FOLDER / "transformer" / "config.json"
+    path = bundle.directory / PIPELINE_FOLDER / part / "config.json"
     parameters = inspect.signature(module).parameters.values()
     defaults = {parameter.name: parameter.default for parameter in parameters}
     return FrozenDict({**defaults, **json.loads(read_bytes(path))})

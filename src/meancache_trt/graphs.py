@@ -7,12 +7,13 @@ import threading
 from meancache_trt.bundle import Bundle
 from meancache_trt.manifest import Component
 from meancache_trt.meancache.runtime import Graph, Runtime
+from meancache_trt.meancache.schedule import TRANSFORMERS
 
 
 class Graphs:
     """The graphs of a bundle on one runtime, each loaded at its first use.
 
-    `precision` is that of the transformer, None for what the runtime prefers.
+    `precision` is that of the transformers, None for what the runtime prefers.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, precision: str | None = None) -> None:
@@ -23,11 +24,11 @@ class Graphs:
     def network(self, part: str) -> Component:
         """A network in the precision that the runtime prefers of those that there are.
 
-        Raises `BundleError` where the transformer is not there in the precision asked for.
+        Raises `BundleError` where a transformer is not there in the precision asked for.
         """
         precisions = self.runtime.precisions
         if self._precision is not None:
-            others = () if part == "transformer" else precisions
+            others = () if part in TRANSFORMERS else precisions
             precisions = (self._precision, *others)
         return self.bundle.export.component_in(part, precisions)[1]
 

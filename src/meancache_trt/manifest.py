@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from meancache_trt.errors import BundleError, InputError
-from meancache_trt.meancache.schedule import check_guidance_scale
-from meancache_trt.meancache.sigmas import MuRule
+from meancache_trt.meancache.schedule import TRANSFORMERS, check_guidance_scale
+from meancache_trt.meancache.sigmas import MuRule, SecondStage
 from meancache_trt.shapes import ONE, PictureSize, Range, Ranges
 
 Role = Literal[
@@ -251,7 +251,8 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hosts may cut conditioning and mask, ascending, the last of them `text_tokens`; empty where
     nothing is ever cut, as in families without a text mask. `mu` says how a dynamic shift follows
     from the size: on a "line" through two points of the scheduler's configuration, or "empirical",
-    as FLUX.2 has it, from T too.
+    as FLUX.2 has it, from T too. With a `second_stage` there is a
+    "transformer_2", in the precisions, with the inputs and with the outputs of "transformer".
     """
 
     family: str
@@ -271,6 +272,17 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch: Range = ONE
     text_buckets: tuple[int, ...] = ()
     mu: MuRule = "line"
+    second_stage: SecondStage | None = None
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """The networks that schedules name: "transformer" and, in a second stage, another."""
+        return TRANSFORMERS[: 1 if self.second_stage is None else 2]
+
+    @property
+    def second_guidance_scale(self) -> float | None:
+        """The second stage's own; None where there is none, or the first one's acts in both."""
+        return None if self.second_stage is None else self.second_stage.guidance_scale
 
     @property
     def resolution(self) -> Resolution:

@@ -19,7 +19,10 @@ _STEPS = 4
 
 
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a runtime took here: load time by graph, one evaluation with its update."""
+    """What a runtime took here: load time by graph, one evaluation with its update.
+
+    An evaluation is the mean over a short grid, and so of both transformers where there are two.
+    """
 
     runtime: str
     version: str

@@ -21,6 +21,7 @@ from meancache_trt.export.family import (
     check_size,
     default_frames,
     resolution,
+    second_stage,
 )
 from meancache_trt.export.pipeline import identify
 from meancache_trt.export.registry import detect
@@ -40,7 +41,8 @@ Report = Callable[[int, int], None]
 class RecordOptions:
     """What is recorded for calibration, at `size` (height, width) in pixels.
 
-    `guidance_scale`, `text_tokens` and `frames` of a video None mean the model's defaults. With
+    `guidance_scale`, `text_tokens` and `frames` of a video None mean the model's defaults, and
+    `guidance_scale_2`, which is that of a second stage, means the first one's. With
     `guidance_range` the samples' scales are spread over it instead. Sample i has prompt i (they
     repeat where there are fewer than `samples`) and seed i. `budgets` are what will be baked from
     it, so that one out of range is refused before the work.
@@ -52,6 +54,7 @@ class RecordOptions:
     steps: int = 50
     samples: int = 16
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     guidance_range: tuple[float, float] | None = None
     text_tokens: int | None = None
     budgets: tuple[int, ...] = ()
@@ -62,7 +65,8 @@ class RecordOptions:
                 f"calibration records at least one sample of one step, found {self.samples} of "
                 f"{self.steps}; give --samples and --steps of 1 or more"
             )
-        check_guidance_scale(self.guidance_scale)
+        for scale in (self.guidance_scale, self.guidance_scale_2):
+            check_guidance_scale(scale)
         self._check_range()
         check_budgets(self.budgets, self.steps)
 
@@ -107,13 +111,12 @@ class Recorder:
     def __init__(self, checkpoint: Checkpoint, options: RecordOptions) -> None:
         self._checkpoint, self._options = checkpoint, options
         self._family = detect(checkpoint.path)
-        self._configs = checkpoint.configs(
-            ("transformer", "vae", "scheduler", *self._family.text_components)
-        )
+        self._configs = checkpoint.model_configs(self._family.text_components)
         check_size(self._family, self._configs, self._size)
         guidance = self._family.guidance(self._configs)
         for scale in (options.guidance_scale, *(options.guidance_range or ())):
             check_guidance(guidance, scale)
+        self._second_stage = second_stage(self._family, self._configs, options.guidance_scale_2)
 
     def record(
         self, directory: Path, *, note: Note, report: Report, is_forced: bool = False
@@ -138,6 +141,7 @@ class Recorder:
             model=ModelReference(name=model.name, digest=model.digest),
             text_tokens=self._text_tokens,
             guidance_range=self._options.guidance_range,
+            second_stage=self._second_stage,
         )
         return record(directory, settings, sampler, prompts, report)
 
@@ -210,8 +214,10 @@ class Recorder:
             frames=self._frames,
             guidance_scale=self._guidance_scale,
             guidance_argument=self._family.guidance_argument,
-            options=_call_options(self._family, self._configs, self._text_tokens),
             image_tokens=self._mu_tokens,
+            options=_call_options(
+                self._family, self._configs, self._text_tokens, self._options.guidance_scale_2
+            ),
         )
 
     @property
@@ -222,7 +228,9 @@ class Recorder:
         return self._family.guidance(self._configs).default_scale if scale is None else scale
 
 
-def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[str, str | float]:
+def _call_options(
+    family: Family, configs: Configs, text_tokens: int, guidance_scale_2: float | None
+) -> dict[str, str | float]:
     """Further arguments, with which the diffusers pipeline does what a render does by default."""
     options: dict[str, str | float] = {}
     if family.text_tokens_argument:
@@ -231,4 +239,6 @@ def _call_options(family: Family, configs: Configs, text_tokens: int) -> dict[st
         options["negative_prompt"] = ""  # given none, diffusers leaves guidance out
     if family.guidance(configs).rule == "none":
         options[family.guidance_argument] = 0.0  # given none, ZImagePipeline guides
+    if guidance_scale_2 is not None:
+        options["guidance_scale_2"] = guidance_scale_2
     return options

@@ -27,6 +27,7 @@ def pipeline_grid(export: Exported, steps: int, resolution: Resolution) -> Sigma
         height=resolution.height,
         width=resolution.width,
         frames=resolution.frames,
+        second_stage=export.second_stage,
     )
 
 
@@ -89,7 +90,7 @@ def find_schedule(
 
 
 def check_model(export: Exported, schedule: Schedule) -> None:
-    """Raise `ScheduleError` for a schedule of another family, or of another checkpoint."""
+    """Raise `ScheduleError` for a schedule of another family or checkpoint, or of more stages."""
     if schedule.family not in (None, export.family):
         raise ScheduleError(
             f"schedule {schedule.name!r} is for the family {schedule.family!r}, this bundle is "
@@ -100,6 +101,11 @@ def check_model(export: Exported, schedule: Schedule) -> None:
             f"schedule {schedule.name!r} was calibrated on {schedule.model.name!r} (digest "
             f"{str(schedule.model.digest)[:12]}), this bundle is {export.model.name!r} (digest "
             f"{export.model.digest[:12]}); calibrate on this checkpoint"
+        )
+    if schedule.grid.second_stage is not None and export.second_stage is None:
+        raise ScheduleError(
+            f"schedule {schedule.name!r} has a second transformer "
+            f"{schedule.grid.second_stage}, this bundle has one transformer; bake one for it"
         )
 
 

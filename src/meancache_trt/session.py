@@ -1,7 +1,7 @@
 """A bundle made ready to render one schedule at one size and batch: buffers bound end to end.
 
     noise, conditioning ── prepare ──▶ latent, position tables
-    latent ── loop: B x (transformer, update) ──▶ latent
+    latent ── loop: B x (transformer or transformer_2, update) ──▶ latent
     latent ── vae_decoder ──▶ pictures
 
 Each graph reads what the one before wrote, where it wrote it; nothing passes through the host but
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from meancache_trt.decoder import PictureDecoder
 from meancache_trt.errors import RenderError, ScheduleError
 from meancache_trt.graphs import Graphs
-from meancache_trt.manifest import Component, Resolution, TensorRecord, batch_symbols
+from meancache_trt.manifest import Component, Exported, Resolution, TensorRecord, batch_symbols
 from meancache_trt.meancache.loop import DenoisingLoop, Network, OnEvaluation, check_finite
 from meancache_trt.meancache.runtime import Call, Graph, Tensor
-from meancache_trt.meancache.schedule import Schedule
+from meancache_trt.meancache.schedule import TRANSFORMERS, Schedule
 
 WrapGraph = Callable[[Graph], Graph]
 Guidance = float | NDArray[np.float32] | None
@@ -55,7 +55,11 @@ class Session:
         schedule: already fitted to the bundle's grid.
         resolution: one of the bundle's.
         batch: pictures at a time.
-        wrap_transformer: replaces the transformer graph, for measuring.
+        wrap_transformer: replaces each transformer graph that the schedule names, for measuring.
+
+    Raises:
+        ScheduleError: where the schedule is not fitted to the bundle's second stage, or reads more
+            history than an update graph holds.
     """
 
     def __init__(
@@ -71,32 +75,31 @@ class Session:
         self._graphs = graphs
         self._sizes = {**resolution.symbols, **batch_symbols(batch)}
         self._prepare = export.components["prepare"]
+        _check_stages(schedule, export)
         transformer, update = graphs.network("transformer"), self._update_for(schedule)
-        scales = {
+        self._scales = {
             n: record for n, record in update.inputs.items() if record.role == "guidance_scale"
         }
         self._records = {
             name: record
-            for name, record in {**self._prepare.inputs, **transformer.inputs, **scales}.items()
+            for name, record in {
+                **self._prepare.inputs,
+                **transformer.inputs,
+                **self._scales,
+            }.items()
             if record.role not in ("latent", "model_input", "timestep")
         }
         self._inputs = {name: self._tensor(record) for name, record in self._records.items()}
-        is_guided = export.guidance.is_classifier_free
-        graph = graphs.graph(transformer)
         self.loop = DenoisingLoop(
             graphs.runtime,
-            Network(
-                graph if wrap_transformer is None else wrap_transformer(graph),
-                latent=transformer.input_named("model_input" if is_guided else "latent"),
-                timestep=transformer.input_named("timestep"),
-                output=transformer.output_named("velocity"),
-                timestep_scale=export.timestep_scale,
-            ),
+            {
+                part: self._network(part, wrap_transformer)
+                for part in dict.fromkeys(schedule.transformers())
+            },
             graphs.graph(update),
             schedule=schedule,
             latent_shape=(batch, *resolution.latent_shape),
             constants=self._constants(transformer),
-            update_constants={name: self._inputs[name] for name in scales},
         )
         self._preparation = self._bind_prepare()
         self._decoder = PictureDecoder(graphs, resolution, batch, latent=self.loop.final)
@@ -117,6 +120,7 @@ class Session:
             conditioning: by transformer input name, batch first; under classifier-free guidance
                 that of the prompts, then that of the negative prompts.
             guidance_scale: of all pictures, or of each (batch,); None where the model takes none.
+                A second stage with a scale of its own has that one.
             on_evaluation: see `DenoisingLoop.run`.
             vae_tiling: decode in tiles in space too, where the picture is larger than one.
 
@@ -195,6 +199,27 @@ class Session:
     def _tensor(self, record: TensorRecord) -> Tensor:
         return self._graphs.runtime.zeros(self._shape(record), record.dtype)
 
+    def _network(self, part: str, wrap: WrapGraph | None) -> Network:
+        export, component = self._graphs.bundle.export, self._graphs.network(part)
+        graph = self._graphs.graph(component)
+        is_guided = export.guidance.is_classifier_free
+        return Network(
+            graph if wrap is None else wrap(graph),
+            latent=component.input_named("model_input" if is_guided else "latent"),
+            timestep=component.input_named("timestep"),
+            output=component.output_named("velocity"),
+            timestep_scale=export.timestep_scale,
+            update_constants={name: self._scale(part, name) for name in self._scales},
+        )
+
+    def _scale(self, part: str, name: str) -> Tensor:
+        """What a network is guided by: the pictures' scale, or the second stage's own."""
+        own = self._graphs.bundle.export.second_guidance_scale
+        if part == TRANSFORMERS[0] or own is None:
+            return self._inputs[name]
+        record = self._scales[name]
+        return self._graphs.runtime.tensor(np.full(self._shape(record), own, record.dtype))
+
     def _constants(self, transformer: Component) -> dict[str, Tensor]:
         return {name: self._inputs[name] for name in transformer.inputs if name in self._inputs}
 
@@ -215,6 +240,15 @@ class Session:
             for name, record in self._prepare.outputs.items()
         }
         return self._graphs.graph(self._prepare).bind({**inputs, **outputs})
+
+
+def _check_stages(schedule: Schedule, export: Exported) -> None:
+    found, expected = schedule.grid.second_stage, export.second_stage
+    if found != expected:
+        raise ScheduleError(
+            f"expected a schedule with the bundle's second stage, {expected}, found {found} in "
+            f"{schedule.name!r}; fit it to the bundle's grid first"
+        )
 
 
 def _named(conditioning: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:

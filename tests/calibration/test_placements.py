@@ -20,7 +20,7 @@ from meancache_trt.calibration.trajectories import Prompt, Settings, Trajectorie
 from meancache_trt.errors import CalibrationError, ScheduleError
 from meancache_trt.meancache.methods import METHODS
 from meancache_trt.meancache.schedule import Schedule, bake
-from meancache_trt.meancache.sigmas import SigmaGrid, make_grid
+from meancache_trt.meancache.sigmas import SecondStage, SigmaGrid, make_grid
 
 BUDGET = 5
 
@@ -93,6 +93,7 @@ GRIDS: list[dict[str, Any]] = [
     {"convention": "linspace_to_zero", "shift": 7.0, "frames": 9},
     {"convention": "count", "shift": 3.0, "num_train_timesteps": 500},
     {"height": 64, "width": 96},
+    {"second_stage": SecondStage(boundary_timestep=875.0, guidance_scale=3.0)},
 ]
 
 

@@ -29,7 +29,7 @@ from meancache_trt.calibration.recording import (
 )
 from meancache_trt.calibration.trajectories import Array, Prompt, record
 from meancache_trt.errors import CalibrationError
-from meancache_trt.meancache.sigmas import make_grid
+from meancache_trt.meancache.sigmas import SecondStage, make_grid
 
 STEPS = 8
 GUIDANCE = 4.0
@@ -138,6 +138,12 @@ def test_settings_have_the_grid_that_the_pipeline_makes(pipeline: Any) -> None:
     assert settings.grid == make_grid(STEPS, convention="count", shift=3.0, height=32, width=48)
     assert (settings.guidance_scale, settings.family) == (GUIDANCE, "sd3")
     assert len(evaluations) == 1
+
+
+def test_settings_have_the_second_stage_that_no_scheduler_sees(pipeline: Any) -> None:
+    stage = SecondStage(boundary_timestep=875.0)
+    settings = PipelineSampler(pipeline, CALL).settings(PROMPT, second_stage=stage)
+    assert settings.grid.second_stage == stage
 
 
 def test_a_pipeline_records_to_disk(pipeline: Any, tmp_path: Path) -> None:

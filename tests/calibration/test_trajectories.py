@@ -23,7 +23,7 @@ from meancache_trt.calibration.trajectories import (
 )
 from meancache_trt.errors import CalibrationError, InputError
 from meancache_trt.meancache.schedule import ModelReference
-from meancache_trt.meancache.sigmas import make_grid
+from meancache_trt.meancache.sigmas import SecondStage, make_grid
 
 
 def test_velocities_integrate_from_the_initial_to_the_final_latent(
@@ -101,6 +101,10 @@ def test_a_damaged_sample_is_named_when_read_and_recorded_again(
         ({"grid": make_grid(12, shift=5.0)}, "shift 3 against 12 steps, shift 5"),
         ({"grid": make_grid(20, shift=3.0)}, "12 steps against 20"),
         ({"grid": make_grid(12, shift=3.0, height=64)}, "height None against 64"),
+        (
+            {"grid": make_grid(12, shift=3.0, second_stage=SecondStage(boundary_timestep=875.0))},
+            "second stage None against below timestep 875",
+        ),
     ],
 )
 def test_other_settings_are_refused(

@@ -44,3 +44,8 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 @pytest.fixture(scope="session")
 def flux2(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return made("flux2", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return made("wan", tmp_path_factory)

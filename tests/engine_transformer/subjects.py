@@ -105,6 +105,14 @@ def flux2_call(batch: int, rows: int, columns: int, text: int) -> dict[str, Any]
     }
 
 
+def wan_call(batch: int, rows: int, columns: int, text: int) -> dict[str, Any]:
+    return {
+        "hidden_states": random(batch, 4, 3, 2 * rows, 2 * columns),
+        "encoder_hidden_states": random(batch, text, 48, seed=1),
+        "timestep": torch.linspace(300, 900, batch),
+    }
+
+
 CALLS: dict[str, Callable[[int, int, int, int], dict[str, Any]]] = {
     "flux": flux_call,
     "qwen": qwen_call,
@@ -112,6 +120,7 @@ CALLS: dict[str, Callable[[int, int, int, int], dict[str, Any]]] = {
     "z_image": z_image_call,
     "sd3": sd3_call,
     "flux2": flux2_call,
+    "wan": wan_call,
 }
 
 

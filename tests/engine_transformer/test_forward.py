@@ -84,6 +84,7 @@ def test_tables_of_the_pipelines_positions_are_the_prepare_graphs_bit_for_bit(
         "z_image": (1, 4, 8, 12),
         "sd3": (1, 16, 8, 12),
         "flux2": (2, 16, 4, 6),
+        "wan": (2, 4, 3, 8, 12),
     }
     given = {
         "noise": random(*noise[family]),
@@ -127,7 +128,7 @@ def test_configuration_is_the_modules(family: str, request: pytest.FixtureReques
     }
     assert engine.config.in_channels == network.config.in_channels
     assert (engine.dtype, engine.device) == (network.dtype, network.device)
-    with engine.cache_context("cond"):
+    with engine.cache_context("cond", step_index=0, sigma=1.0):
         pass
 
 

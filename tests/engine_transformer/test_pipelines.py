@@ -96,6 +96,7 @@ RUNS: dict[str, tuple[str, Any, dict[str, Any]]] = {
         },
     ),
     "sd3": ("sd3", None, SD3),
+    "wan": ("wan", None, {**QWEN, "max_sequence_length": 12, "num_frames": 9}),
     "sd3 image to image": (
         "sd3",
         StableDiffusion3Img2ImgPipeline,
@@ -153,7 +154,7 @@ def test_a_pipeline_ends_where_it_does_with_its_own_transformer(
     torch.testing.assert_close(found, expected, rtol=0, atol=LATENT_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen", "hunyuan", "z_image", "sd3", "flux2"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "hunyuan", "z_image", "sd3", "wan", "flux2"])
 def test_a_schedule_evaluates_the_engine_at_its_nodes_alone(
     name: str, request: pytest.FixtureRequest
 ) -> None:

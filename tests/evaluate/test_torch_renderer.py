@@ -12,6 +12,7 @@ from meancache_trt.errors import ScheduleError
 from meancache_trt.evaluate.torch_renderer import TorchRenderer, limited_threads
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.meancache.schedule import Evidence, ModelReference, Schedule, bake
+from meancache_trt.meancache.sigmas import SecondStage
 from meancache_trt.record import Recorder, RecordOptions
 from tests.export.families import TINY
 
@@ -86,6 +87,19 @@ def test_a_schedule_of_something_else_is_refused(
     schedule = msgspec.structs.replace(every_step(renderer), calibration=evidence, **changes)
     with pytest.raises(ScheduleError, match=message):
         renderer.open(schedule)
+
+
+def test_a_schedule_of_another_second_guidance_scale_is_refused(renderer: TorchRenderer) -> None:
+    """The pipeline is called with none, so that the first one's acts in both of its stages."""
+
+    def of(scale: float | None) -> Schedule:
+        stage = SecondStage(boundary_timestep=875.0, guidance_scale=scale)
+        grid = msgspec.structs.replace(renderer.grid(STEPS), second_stage=stage)
+        return bake("euler", grid, range(STEPS))
+
+    renderer.open(of(None))
+    with pytest.raises(ScheduleError, match=r"guidance scale 3, this pipeline .* scale None"):
+        renderer.open(of(3.0))
 
 
 def test_the_setup_names_what_rendered(renderer: TorchRenderer) -> None:

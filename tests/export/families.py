@@ -24,6 +24,7 @@ from tests.export import (
     tiny_hunyuan_video,
     tiny_qwen_image,
     tiny_sd3,
+    tiny_wan,
     tiny_z_image,
 )
 
@@ -34,6 +35,7 @@ TINY = {
     "z_image": tiny_z_image.tiny_pipeline,
     "sd3": tiny_sd3.tiny_pipeline,
     "flux2": tiny_flux2.tiny_pipeline,
+    "wan": tiny_wan.tiny_pipeline,
 }
 TEXT_TOKENS = 12
 
@@ -94,7 +96,7 @@ def _export(name: str, checkpoint: Path, bundle: Path) -> None:
             target,
             height=32,
             width=48,
-            frames=5 if name == "hunyuan_video" else None,
+            frames=5 if name in {"hunyuan_video", "wan"} else None,
             text_tokens=TEXT_TOKENS,
             precisions=["bfloat16"],
             check_parity=False,

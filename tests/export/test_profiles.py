@@ -17,11 +17,12 @@ from meancache_trt.export.profiles import ShapeRange, profile
 from meancache_trt.export.qwen_image import QWEN_IMAGE
 from meancache_trt.export.sd3 import SD3
 from meancache_trt.export.update import update_signature
+from meancache_trt.export.wan import WAN
 from meancache_trt.export.z_image import Z_IMAGE
 from meancache_trt.manifest import Component, batch_symbols
 from meancache_trt.shapes import PictureSize, Range, Ranges, text_buckets
 from meancache_trt.tiling import levels, pieces
-from tests.export import test_flux2, test_hunyuan_video, test_sd3, test_z_image
+from tests.export import test_flux2, test_hunyuan_video, test_sd3, test_wan, test_z_image
 
 # black-forest-labs/FLUX.1-dev and Qwen/Qwen-Image, without what is unused
 FLUX_DEV: Configs = {
@@ -51,6 +52,7 @@ CASES: dict[str, tuple[Family, Configs, tuple[str, ...], int]] = {
     "hunyuan_video": (HUNYUAN_VIDEO, HUNYUAN, ("1280x720x129", "544x960x61"), 256),
     "sd3": (SD3, test_sd3.MEDIUM, ("1024x1024", "1440x768"), 256),
     "flux2": (FLUX2, test_flux2.DEV, ("1024x1024", "1360x768"), 512),
+    "wan": (WAN, test_wan.A14B, ("832x480x81", "1280x720x49"), 512),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,7 @@ from meancache_trt.render import Pipeline
 from meancache_trt.rendering import Rendering
 from meancache_trt.session import Session
 from meancache_trt.shapes import PictureSize, Range
-from tests.export import (
-    tiny_flux,
-    tiny_flux2,
-    tiny_hunyuan_video,
-    tiny_qwen_image,
-    tiny_sd3,
-    tiny_z_image,
-)
+from tests.export.families import TINY
 
 pytestmark = pytest.mark.slow  # two exports a family
 
@@ -66,22 +59,22 @@ class Case:
         )
 
 
-TINY: dict[str, tuple[Callable[[], Any], str, str]] = {
-    "flux": (tiny_flux.tiny_pipeline, "48x32", "40x64"),
-    "qwen_image": (tiny_qwen_image.tiny_pipeline, "48x32", "24x72"),
-    "z_image": (tiny_z_image.tiny_pipeline, "48x32", "24x72"),
-    "hunyuan_video": (tiny_hunyuan_video.tiny_pipeline, "48x32x5", "32x48x9"),
-    "sd3": (tiny_sd3.tiny_pipeline, "48x32", "24x72"),
-    "flux2": (tiny_flux2.tiny_pipeline, "48x32", "24x72"),
+SIZES = {
+    "flux": ("48x32", "40x64"),
+    "qwen_image": ("48x32", "24x72"),
+    "z_image": ("48x32", "24x72"),
+    "hunyuan_video": ("48x32x5", "32x48x9"),
+    "sd3": ("48x32", "24x72"),
+    "wan": ("48x32x5", "32x48x9"),
+    "flux2": ("48x32", "24x72"),
 }
 
 
-@pytest.fixture(scope="module", params=list(TINY))
+@pytest.fixture(scope="module", params=list(SIZES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    make, *sizes = TINY[request.param]
     folder = tmp_path_factory.mktemp(request.param) / "tiny"
-    make().save_pretrained(folder)
-    return Case(folder, *map(PictureSize.parse, sizes))
+    TINY[request.param]().save_pretrained(folder)
+    return Case(folder, *map(PictureSize.parse, SIZES[request.param]))
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,18 @@ from meancache_trt.export.flux2 import FLUX2
 from meancache_trt.export.hunyuan_video import HUNYUAN_VIDEO
 from meancache_trt.export.qwen_image import QWEN_IMAGE
 from meancache_trt.export.sd3 import SD3
+from meancache_trt.export.wan import WAN
 from meancache_trt.manifest import Tiling
 from meancache_trt.tiling import Array, decode_tiled, levels
 from tests.export.test_flux import DEV
 from tests.export.test_flux2 import DEV as FLUX2_DEV
 from tests.export.test_hunyuan_video import PUBLISHED
 from tests.export.test_sd3 import MEDIUM
+from tests.export.test_wan import A14B
 from tests.export.tiny_flux import tiny_vae as tiny_flux_vae
 from tests.export.tiny_flux2 import tiny_vae as tiny_flux2_vae
 from tests.export.tiny_qwen_image import tiny_vae as tiny_qwen_vae
+from tests.export.tiny_wan import tiny_vae as tiny_wan_vae
 
 # Qwen/Qwen-Image, vae/config.json, without what is unused
 QWEN: Configs = {"vae": {"temperal_downsample": [False, True, True], "z_dim": 16}}
@@ -50,6 +53,7 @@ def test_published_hunyuan_video_decodes_17_frames_of_256_pixels_at_a_time() -> 
         (QWEN_IMAGE, QWEN, 16, 12, 64),
         (SD3, MEDIUM, 128, 96, 256),
         (FLUX2, FLUX2_DEV, 64, 48, 256),
+        (WAN, A14B, 32, 24, 64),
     ],
 )
 def test_published_picture_models_have_tiles_of_whole_tokens(
@@ -82,6 +86,11 @@ def decoded(
         return made.clip(0, 1) if is_clipped_early else made
 
     return decode_tiled(latent, levels(tiling, is_space_tiled=True), decode).clip(0, 1)
+
+
+def test_wan_with_patches_has_none() -> None:
+    configs = {**A14B, "vae": {**A14B["vae"], "patch_size": 2, "scale_factor_spatial": 16}}
+    assert tiling_of(WAN, configs) == Tiling()
 
 
 def vivid(vae: Any) -> Any:
@@ -128,3 +137,18 @@ def test_pictures_are_what_diffusers_decodes_in_tiles(
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert np.abs(whole - expected).max() > 1e-2
     assert np.abs(other - expected).max() > 1e-3
+
+
+# Rows and columns of the latent, of which a tile has 32 a side.
+@pytest.mark.parametrize(("rows", "columns"), [(33, 20), (26, 35)])
+def test_videos_are_what_wan_decodes_in_tiles(rows: int, columns: int) -> None:
+    vae, wrapper = vivid(tiny_wan_vae()), WAN.wrapper()
+    tiling = tiling_of(WAN, {"vae": vae.config, "transformer": {}})
+    latent = 2 * torch.randn(1, 4, 2, rows, columns, generator=torch.Generator().manual_seed(rows))
+    with torch.inference_mode():
+        whole = wrapper.reference_image(vae, latent, {}).numpy()
+        vae.enable_tiling()
+        expected = wrapper.reference_image(vae, latent, {}).numpy()
+    found = decoded(vae, wrapper, tiling, latent.numpy(), is_clipped_early=False)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert np.abs(whole - expected).max() > 1e-2

@@ -23,9 +23,9 @@ from meancache_trt.engine.native import NativeLibrary
 from meancache_trt.meancache.schedule import bake
 from meancache_trt.render import Pipeline
 from tests.conftest import OFFICIAL, STEPS
-from tests.export import tiny_flux2, tiny_z_image
+from tests.export.families import TINY
 
-TINY = {"z_image": tiny_z_image.tiny_pipeline, "flux2": tiny_flux2.tiny_pipeline}
+WITHOUT_STANDIN = ("z_image", "wan", "flux2")
 PROMPT, NEGATIVE = "a small red circle at the top left", "a blue square"
 
 
@@ -92,11 +92,13 @@ class Subject:
         return self.conditioning.tensors
 
 
-@pytest.fixture(scope="session", params=["flux", "qwen_image", "hunyuan_video", "z_image", "flux2"])
+@pytest.fixture(scope="session", params=["flux", "qwen_image", "hunyuan_video", *WITHOUT_STANDIN])
 def subject(
     request: pytest.FixtureRequest, shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Subject:
-    """The three stand-ins: an image, true CFG, and a video; tables of each sample; another mu."""
+    """Each of the three stand-ins: an image, true CFG, and a video; and without a stand-in tables
+    of each sample, a video with true CFG on UniPC's grid, and another mu.
+    """
     if request.param == "flux":
         return _subject(shared_bundle)
     base = tmp_path_factory.getbasetemp()
@@ -123,7 +125,7 @@ def _subject(bundle: Path) -> Subject:
 
 def _model(name: str, folder: Path) -> str:
     """The stand-in, or of a family that has none a tiny random pipeline."""
-    if name not in TINY:
+    if name not in WITHOUT_STANDIN:
         return f"standin/{name}"
     TINY[name]().save_pretrained(folder)
     return str(folder)

@@ -21,10 +21,11 @@ from diffusers import (
 )
 
 from meancache_trt.errors import InputError, MeanCacheError, ScheduleError
-from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler, stock_grid
+from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
+from meancache_trt.meancache.euler_scheduler import stock_grid
 from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.schedule import Schedule, bake, save_schedule
-from meancache_trt.meancache.sigmas import make_grid
+from meancache_trt.meancache.sigmas import SecondStage, make_grid
 
 SHIFT = 3.0
 STEPS = 50
@@ -324,3 +325,21 @@ def test_a_configuration_without_a_valid_schedule_is_an_error(
     file.write_text(json.dumps({**json.loads(file.read_text()), **edit}))
     with pytest.raises(ScheduleError, match="schedule"):
         MeanCacheScheduler.from_pretrained(tmp_path)
+
+
+def test_a_schedule_of_two_transformers_runs_where_no_scheduler_sees_the_boundary() -> None:
+    """The pipeline chooses its transformer itself, by the timesteps that it is given."""
+    pipeline = tiny_pipeline()
+    stage = SecondStage(boundary_timestep=800.0)
+    schedule = bake(
+        "official",
+        make_grid(STEPS, shift=SHIFT, second_stage=stage),
+        NODES,
+        SPANS,
+        calibration=Evidence(samples=1, seconds=0.0),
+    )
+    pipeline.scheduler = MeanCacheScheduler.from_schedule(schedule, pipeline.scheduler)
+    found = render(pipeline)
+    assert pipeline.scheduler.schedule == schedule
+    pipeline.scheduler = MeanCacheScheduler.from_schedule(official(), pipeline.scheduler)
+    assert torch.equal(found, render(pipeline))

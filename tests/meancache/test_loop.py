@@ -8,7 +8,7 @@ from tests.numpy_runtime import NumpyRuntime, guiding_update_graph, network_grap
 from meancache_trt.errors import RenderError, ScheduleError
 from meancache_trt.meancache.loop import DenoisingLoop, Network
 from meancache_trt.meancache.schedule import Schedule, bake
-from meancache_trt.meancache.sigmas import make_grid
+from meancache_trt.meancache.sigmas import SecondStage, make_grid
 
 GRID = make_grid(20, shift=3.0)
 SHAPE = (2, 3, 4)
@@ -28,7 +28,7 @@ def make_loop(schedule: Schedule, history: int = 4, velocity=curved) -> Denoisin
     )
     return DenoisingLoop(
         NumpyRuntime(),
-        network,
+        {"transformer": network},
         update_graph(history),
         schedule=schedule,
         latent_shape=SHAPE,
@@ -141,16 +141,20 @@ def test_guided_loop_feeds_both_halves_and_guides_before_it_moves():
         NumpyRuntime().tensor(np.float32([3, 3])),
     )
     network = Network(
-        network_graph(two_prompts), "hidden_states", "timestep", "velocity", timestep_scale=1 / 1000
+        network_graph(two_prompts),
+        "hidden_states",
+        "timestep",
+        "velocity",
+        timestep_scale=1 / 1000,
+        update_constants={"guidance_scale": scale},
     )
     loop = DenoisingLoop(
         NumpyRuntime(),
-        network,
+        {"transformer": network},
         guiding_update_graph(4),
         schedule=schedule,
         latent_shape=SHAPE,
         constants={},
-        update_constants={"guidance_scale": scale},
     )
     for seed in (1, 2):
         loop.initial_input.write(np.concatenate([noise(seed)] * 2))
@@ -184,3 +188,48 @@ def test_all_steps_evaluated_is_euler_to_the_last_bit():
             fed = np.full(SHAPE[0], float(timestep) / 1000, np.float32)
             expected = expected + (sigmas[step + 1] - sigmas[step]) * curved(expected, fed)
         assert np.array_equal(run(make_loop(schedule), latent), expected)
+
+
+@pytest.mark.parametrize("boundary", [1001.0, 800.0, 0.0])
+def test_each_row_runs_the_network_that_it_names_over_one_history(boundary: float):
+    """Guided by a scale of its own; the boundary lies between rows that read each other."""
+    grid = make_grid(20, shift=3.0, second_stage=SecondStage(boundary_timestep=boundary))
+    schedule = bake("ab2", grid, [0, 2, 7, 12, 18])
+
+    def negated(latent: NDArray[np.float32], timestep: NDArray[np.float32]) -> NDArray[np.float32]:
+        return -two_prompts(latent, timestep)
+
+    functions = {"transformer": two_prompts, "transformer_2": negated}
+    scales = {"transformer": np.float32(3), "transformer_2": np.float32(5)}
+    networks = {
+        name: Network(
+            network_graph(function),
+            "hidden_states",
+            "timestep",
+            "velocity",
+            timestep_scale=1 / 1000,
+            update_constants={"guidance_scale": NumpyRuntime().tensor(np.full(2, scales[name]))},
+        )
+        for name, function in functions.items()
+    }
+    loop = DenoisingLoop(
+        NumpyRuntime(),
+        networks,
+        guiding_update_graph(4),
+        schedule=schedule,
+        latent_shape=SHAPE,
+        constants={},
+    )
+    loop.initial_input.write(np.concatenate([noise()] * 2))
+    found, expected, velocities = run(loop, noise()), noise(), []
+    rows = zip(schedule.timesteps(), schedule.table(schedule.budget), strict=True)
+    for timestep, row in rows:
+        name = "transformer" if timestep >= boundary else "transformer_2"
+        fed = np.full(2 * SHAPE[0], float(timestep) / 1000, np.float32)
+        both = functions[name](np.concatenate([expected] * 2), fed)
+        conditional, unconditional = np.split(both, 2)
+        velocities.insert(0, unconditional + scales[name] * (conditional - unconditional))
+        for weight, velocity in zip(row, velocities, strict=False):
+            expected = expected + weight * velocity
+    # The same float32 operations in the same order, so equal to the last bit.
+    assert np.array_equal(found, expected)

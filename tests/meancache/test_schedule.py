@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from tests.meancache.schedules import (
     GRID,
     NODES,
@@ -21,7 +22,7 @@ from tests.meancache.schedules import (
 
 from meancache_trt.errors import InputError, ScheduleError
 from meancache_trt.meancache.schedule import Schedule, bake
-from meancache_trt.meancache.sigmas import make_grid
+from meancache_trt.meancache.sigmas import SecondStage, make_grid
 
 
 def test_table_is_float32_and_padded_to_the_history_asked_for() -> None:
@@ -145,3 +146,43 @@ def test_what_was_calibrated_serves_networks_of_a_near_precision(
 
 def test_what_was_not_calibrated_serves_networks_of_any_precision() -> None:
     msgspec.structs.replace(official(), precision="float8").check_precision("int4")
+
+
+# ------------------------------------------------------------------------------ two transformers
+
+
+def staged(boundary: float, schedule: Schedule | None = None) -> Schedule:
+    stage = SecondStage(boundary_timestep=boundary, guidance_scale=3.0)
+    schedule = schedule or official()
+    grid = msgspec.structs.replace(schedule.grid, second_stage=stage)
+    return msgspec.structs.replace(schedule, grid=grid)
+
+
+def test_each_row_names_its_transformer_as_the_pipeline_would_choose_it() -> None:
+    timesteps = [GRID.timesteps[node] for node in NODES]
+    for boundary in (0.0, timesteps[-1], timesteps[2], timesteps[2] + 1e-3, 1000.0, 1001.0):
+        # WanPipeline: `if t >= boundary_timestep` it is the first, t being a float32 tensor.
+        expected = [
+            "transformer" if torch.tensor(timestep) >= boundary else "transformer_2"
+            for timestep in timesteps
+        ]
+        assert staged(boundary).transformers() == tuple(expected)
+    assert official().transformers() == ("transformer",) * len(NODES)
+
+
+def test_a_schedule_takes_the_second_stage_of_the_grid_that_it_is_fitted_to() -> None:
+    for make in SCHEDULES.values():
+        here, plain = staged(500.0, make()), make()
+        assert plain.fit_to(here.grid, 3.5) == here
+        assert here.fit_to(plain.grid, 3.5) is here
+    moved = staged(600.0).grid
+    assert staged(500.0).fit_to(moved, None) == bake("official", moved, NODES, SPANS)
+    for make in (calibrated, fitted):
+        with pytest.raises(ScheduleError, match="second stage below timestep 500, guidance scale"):
+            staged(500.0, make()).fit_to(staged(600.0, make()).grid, 3.5)
+
+
+def test_a_second_guidance_scale_is_a_scale() -> None:
+    stage = SecondStage(boundary_timestep=500.0, guidance_scale=-1.0)
+    with pytest.raises(InputError, match="0 to 1000, found -1"):
+        bake("euler", make_grid(20, second_stage=stage), [0])

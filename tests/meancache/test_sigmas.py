@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from hypothesis import example, given, settings
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.sigmas import (
     MuRule,
+    SecondStage,
     SigmaGrid,
     check_sigmas,
     dynamic_mu,
@@ -127,6 +128,58 @@ def test_custom_sigmas(thousandths: list[int], shift: float) -> None:
     sigmas = [value / 1000 for value in sorted(thousandths, reverse=True)]
     grid = make_grid(len(sigmas), convention="custom", sigmas=sigmas, shift=shift)
     assert_equals_diffusers(grid, {"shift": shift}, sigmas=sigmas)
+
+
+WAN = {
+    "_class_name": "UniPCMultistepScheduler",
+    "use_flow_sigmas": True,
+    "prediction_type": "flow_prediction",
+}
+
+
+@quick
+@given(steps=STEPS, shift=SHIFTS, terminal=st.none() | st.floats(0.001, 0.3))
+def test_flow_sigmas_are_those_of_unipc(steps: int, shift: float, terminal: float | None) -> None:
+    options = {**WAN, "flow_shift": shift, "shift_terminal": terminal}
+    grid = grid_from_config(options, steps, convention="count")
+    options.pop("_class_name")
+    scheduler = UniPCMultistepScheduler(**options)
+    scheduler.set_timesteps(steps)
+    assert grid.convention == "flow_sigmas"
+    assert grid.shift == shift
+    np.testing.assert_array_equal(np.asarray(grid.sigmas, np.float32), scheduler.sigmas.numpy())
+    assert list(grid.timesteps) == scheduler.timesteps.tolist()
+
+
+@quick
+@given(steps=STEPS, mu=MUS, form=st.sampled_from(["exponential", "linear"]))
+def test_flow_sigmas_of_a_dynamic_shift(steps: int, mu: float, form: Any) -> None:
+    scheduler = UniPCMultistepScheduler(
+        use_flow_sigmas=True, use_dynamic_shifting=True, time_shift_type=form
+    )
+    scheduler.set_timesteps(steps, mu=mu)
+    grid = make_grid(steps, convention="flow_sigmas", mu=mu, time_shift_type=form)
+    np.testing.assert_array_equal(np.asarray(grid.sigmas, np.float32), scheduler.sigmas.numpy())
+    assert list(grid.timesteps) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_flow_sigmas": False}, "found use_flow_sigmas False"),
+        ({"prediction_type": "epsilon"}, "found prediction_type 'epsilon'"),
+        ({"final_sigmas_type": "sigma_min"}, "found final_sigmas_type 'sigma_min'"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
+    ],
+)
+def test_another_unipc_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        grid_from_config({**WAN, **options}, 10, convention="count")
+
+
+def test_unipc_in_a_pipeline_that_hands_over_sigmas_is_refused() -> None:
+    with pytest.raises(ScheduleError, match="found one that is given sigmas"):
+        grid_from_config(WAN, 10, convention="linspace")
 
 
 @pytest.mark.parametrize("convention", ["linspace", "linspace_to_zero", "count"])
@@ -262,3 +315,29 @@ def test_difference_compares_frames_where_both_have_them() -> None:
     still, short, long = (make_grid(5, frames=frames) for frames in (None, 17, 61))
     assert short.difference(long) == "17 frames against 61"
     assert still.difference(long) is None
+
+
+def test_difference_compares_second_stages_where_both_have_them() -> None:
+    """A scheduler cannot see where its pipeline changes transformers."""
+    stages = [
+        SecondStage(boundary_timestep=875.0),
+        SecondStage(boundary_timestep=900.0),
+        SecondStage(boundary_timestep=875.0, guidance_scale=3.0),
+    ]
+    unseen, first, later, guided = (make_grid(5, second_stage=stage) for stage in (None, *stages))
+    assert first.difference(unseen) is unseen.difference(first) is None
+    assert first.difference(later) == ("second stage below timestep 875 against below timestep 900")
+    assert first.difference(guided) == (
+        "second stage below timestep 875 against below timestep 875, guidance scale 3"
+    )
+
+
+def test_a_grid_of_a_pipeline_has_the_second_stage_it_is_given() -> None:
+    stage = SecondStage(boundary_timestep=875.0)
+    assert grid_from_config({"shift": 3.0}, 5, second_stage=stage).second_stage == stage
+
+
+@pytest.mark.parametrize("timestep", [-1.0, float("inf"), float("nan")])
+def test_a_boundary_that_is_no_timestep_is_refused(timestep: float) -> None:
+    with pytest.raises(ScheduleError, match=f"0 or more and finite, found {timestep:g}"):
+        SecondStage(boundary_timestep=timestep)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from meancache_trt.errors import ScheduleError
 from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.methods import METHODS, get_method
 from meancache_trt.meancache.schedule import Schedule, bake
-from meancache_trt.meancache.sigmas import make_grid
+from meancache_trt.meancache.sigmas import SecondStage, make_grid
 from meancache_trt.meancache.strength import begin_at, first_step
 
 STEPS = 20
@@ -216,3 +217,18 @@ def test_a_strength_that_leaves_no_step_is_refused() -> None:
     # 50 − 50e-18 is 50 in float64; any larger part of a step is a step
     with pytest.raises(ScheduleError, match=r"leaves none of 50 steps; 0\.02 leaves one"):
         first_step(50, 1e-18)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_is_left_has_the_transformers_of_its_nodes(name: str) -> None:
+    stage = SecondStage(boundary_timestep=800.0)
+    grid = msgspec.structs.replace(GRID, second_stage=stage)
+    whole = msgspec.structs.replace(SCHEDULES[name], grid=grid)
+    for step in (1, 3, 8):
+        left = begin_at(whole, step)
+        assert left.grid.second_stage == stage
+        expected = [
+            "transformer" if GRID.timesteps[step + node] >= 800 else "transformer_2"
+            for node in left.nodes
+        ]
+        assert left.transformers() == tuple(expected)

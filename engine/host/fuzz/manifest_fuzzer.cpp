@@ -37,7 +37,8 @@ void use(const mct::Exported& exported) {
     if (mct::is_divided(resolution.decode_shape, levels)) {
       mct::pieces(levels.front().front(), 1000);
     }
-    mct::grid_from_config(exported.scheduler, {50, exported.grid, 64, 64, 64, {}, exported.mu});
+    mct::grid_from_config(exported.scheduler,
+                          {50, exported.grid, 64, 64, 64, {}, exported.mu, exported.second_stage});
   }
   exported.text_graphs();
   exported.update_for(4);

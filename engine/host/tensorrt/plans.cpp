@@ -168,28 +168,33 @@ std::string component_name(const std::string& part, const std::string& precision
   return precision == "float32" ? part : part + "/" + precision;
 }
 
-// Those of a part's graphs, in any precision that suits, that the bundle has.
-std::vector<std::string> graphs_of(const Bundle& bundle, const std::string& part,
-                                   const std::string& capability) {
-  std::vector<std::string> names;
-  for (const std::string& precision : precisions_for(capability)) {
-    const std::string name = component_name(part, precision);
-    if (bundle.exported().components.count(name) != 0) {
-      names.push_back(name);
+using Names = std::vector<std::string>;  // of components
+
+// The graphs of some parts, in each of `precisions` that they have.
+std::vector<Names> graphs_of(const Bundle& bundle, const Names& parts, const Names& precisions) {
+  std::vector<Names> choices;
+  for (const std::string& precision : precisions) {
+    Names names;
+    for (const std::string& part : parts) {
+      names.push_back(component_name(part, precision));
+    }
+    if (bundle.exported().components.count(names.front()) != 0) {
+      choices.push_back(names);
     }
   }
-  return names;
+  return choices;
 }
 
-// Throws what is wrong with the last of some components where none can be loaded.
-void check_any(const Bundle& bundle, const std::vector<std::string>& names,
-               const PlanTarget& target) {
-  for (std::size_t k = 0; k < names.size(); ++k) {
+// Throws what is wrong with the last of some choices where not all components of any can be loaded.
+void check_any(const Bundle& bundle, const std::vector<Names>& choices, const PlanTarget& target) {
+  for (std::size_t k = 0; k < choices.size(); ++k) {
     try {
-      loadable_plans(bundle, names[k], bundle.exported().components.at(names[k]), target);
+      for (const std::string& name : choices[k]) {
+        loadable_plans(bundle, name, bundle.exported().components.at(name), target);
+      }
       return;
     } catch (const Error& error) {
-      if (error.status() != MCT_PLAN_MISMATCH_ERROR || k + 1 == names.size()) {
+      if (error.status() != MCT_PLAN_MISMATCH_ERROR || k + 1 == choices.size()) {
         throw;
       }
     }
@@ -341,10 +346,10 @@ void check_plan_tensors(const PlanRecord& record, const PlanTensors& inputs,
 std::vector<std::string> planned_precisions(const Bundle& bundle, const PlanTarget& target) {
   std::vector<std::string> here, others;
   for (const std::string& precision : precisions_for(target.capability)) {
-    const std::string name = component_name("transformer", precision);
-    bool is_planned = bundle.exported().components.count(name) != 0;
+    const auto graphs = graphs_of(bundle, bundle.exported().transformers(), {precision});
+    bool is_planned = !graphs.empty();
     try {
-      check_any(bundle, is_planned ? std::vector{name} : std::vector<std::string>{}, target);
+      check_any(bundle, graphs, target);
     } catch (const Error& error) {
       if (error.status() != MCT_PLAN_MISMATCH_ERROR) {
         throw;
@@ -358,17 +363,17 @@ std::vector<std::string> planned_precisions(const Bundle& bundle, const PlanTarg
 }
 
 void check_plans(const Bundle& bundle, const PlanTarget& target) {
-  std::vector<std::string> parts = {"transformer", "vae_decoder", "prepare"};
+  std::vector<Names> needs = {bundle.exported().transformers(), {"vae_decoder"}, {"prepare"}};
   for (const auto& entry : bundle.exported().text_graphs()) {
-    parts.push_back(entry.first);
+    needs.push_back({entry.first});
   }
-  for (const std::string& part : parts) {
-    check_any(bundle, graphs_of(bundle, part, target.capability), target);
+  for (const Names& parts : needs) {
+    check_any(bundle, graphs_of(bundle, parts, precisions_for(target.capability)), target);
   }
-  std::vector<std::string> updates;
+  std::vector<Names> updates;
   for (const auto& entry : bundle.exported().components) {
     if (entry.first.rfind("update/", 0) == 0) {
-      updates.push_back(entry.first);
+      updates.push_back({entry.first});
     }
   }
   check_any(bundle, updates, target);

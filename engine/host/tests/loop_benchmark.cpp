@@ -43,8 +43,8 @@ int main(int count, char** arguments) {
   mct::FunctionRuntime runtime;
   mct::Memory memory(runtime);
   const auto graph = std::make_shared<mct::FunctionGraph>([](const mct::Bindings&) {});
-  mct::DenoisingLoop loop(runtime, memory, {graph, "x", "t", "v", 0.001}, {graph, 1, false},
-                          schedule, {1, 64, 32}, {});
+  mct::DenoisingLoop loop(runtime, memory, {{"transformer", {graph, "x", "t", "v", 0.001}}},
+                          {graph, 1, false}, schedule, {1, 64, 32}, {});
   const int rounds = std::atoi(arguments[2]);
   std::cout << median_ns(loop, rounds, {}) << ' '
             << median_ns(loop, rounds, [](std::int64_t, std::int64_t) { return true; }) << '\n';

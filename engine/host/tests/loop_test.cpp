@@ -26,6 +26,14 @@ void network(const Bindings& tensors) {
   }
 }
 
+// The second stage's, which has the opposite velocity.
+void negated_network(const Bindings& tensors) {
+  network(tensors);
+  for (float& value : values_of(tensors, "v")) {
+    value = -value;
+  }
+}
+
 // next = latent + Σ weights[j]·v_j, youngest first, as the update graph adds.
 void update(const Bindings& tensors) {
   const std::vector<float>& weights = values_of(tensors, "weights");
@@ -65,8 +73,11 @@ struct Subject {
       : memory(runtime), offset(memory.of({0.25f})) {
     const mct::Network net{std::make_shared<FunctionGraph>(network), "x", "t", "v", 0.001};
     const mct::Update move{std::make_shared<FunctionGraph>(update), history, false};
-    loop = std::make_unique<mct::DenoisingLoop>(runtime, memory, net, move, schedule, Shape{1, 2},
-                                                mct::LoopConstants{{{"offset", offset}}, {}});
+    const mct::Network second{std::make_shared<FunctionGraph>(negated_network), "x", "t", "v",
+                              0.001};
+    const mct::Networks networks{{"transformer", net}, {"transformer_2", second}};
+    loop = std::make_unique<mct::DenoisingLoop>(runtime, memory, networks, move, schedule,
+                                                Shape{1, 2}, Bindings{{"offset", offset}});
   }
 
   std::vector<float> run(const std::vector<float>& start, const mct::OnEvaluation& callback = {}) {
@@ -89,8 +100,10 @@ std::vector<float> unfolded(const mct::Schedule& schedule, std::vector<float> la
   for (std::size_t n = 0; n < timesteps.size(); ++n) {
     const auto fed = static_cast<float>(static_cast<double>(timesteps[n]) * 0.001);
     std::vector<float> velocity;
+    const auto& stage = schedule.grid.second_stage;
+    const float sign = stage && timesteps[n] < stage->boundary_timestep ? -1.0f : 1.0f;
     for (const float value : latent) {
-      velocity.push_back(fed * value + 0.25f);
+      velocity.push_back(sign * (fed * value + 0.25f));
     }
     velocities.push_back(velocity);
     for (std::size_t age = 0; age < schedule.weights[n].size(); ++age) {
@@ -118,6 +131,28 @@ void history_is_read_in_order_of_age() {
     expect(subject.run(start) == unfolded(schedule, start),
            "rotating slots, H = " + std::to_string(history));
     expect(subject.run(start) == unfolded(schedule, start), "a second run is the same");
+  }
+}
+
+void each_row_runs_the_network_that_it_names_over_one_history() {
+  const mct::Rows rows = {{-0.1}, {-0.2, 0.05}, {-0.1, 0.02, -0.01}, {-0.3, 0.1, -0.02}};
+  mct::Schedule schedule = schedule_of({0, 1, 3, 4}, rows);
+  const double third = schedule.timesteps()[2];
+  const auto names = [&](double boundary) {
+    schedule.grid.second_stage = mct::SecondStage{boundary, std::nullopt};
+    std::string text;
+    for (const std::string& name : schedule.transformers()) {
+      text += name == "transformer_2" ? '2' : '1';
+    }
+    return text;
+  };
+  expect(names(2000) == "2222" && names(0) == "1111", "boundaries beyond either end");
+  expect(names(third) == "1112", "a timestep at the boundary is the first one's");
+  for (const double boundary : {2000.0, third + 1, third, 0.0}) {
+    names(boundary);
+    Subject subject(schedule, 4);
+    expect(subject.run(start) == unfolded(schedule, start),
+           "boundary at " + std::to_string(boundary));
   }
 }
 
@@ -157,6 +192,7 @@ void memory_counts_what_it_made() {
 int main() {
   all_steps_evaluated_bit_equals_euler();
   history_is_read_in_order_of_age();
+  each_row_runs_the_network_that_it_names_over_one_history();
   nan_of_a_failed_run_does_not_reach_the_next();
   a_callback_counts_and_cancels();
   memory_counts_what_it_made();

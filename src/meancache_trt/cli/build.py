@@ -77,7 +77,11 @@ def build(
     exported = exporting.of(asked, batch, text_tokens)
     bundle = stages.export(checkpoint, output, exported, note=note, is_forced=force)
     _plan(bundle, targets, planning, reasons, is_forced=force)
-    recording = replace(recording, text_tokens=bundle.export.text_tokens)
+    recording = replace(
+        recording,
+        text_tokens=bundle.export.text_tokens,
+        guidance_scale_2=bundle.export.second_guidance_scale,
+    )
     work = stages.calibration_directory(bundle, checkpoint, exported)
     trajectories = _record(checkpoint, work, recording, is_forced=force)
     stages.bake_into(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -30,6 +31,7 @@ from meancache_trt.record import Recorder
 )
 @sizes.options
 @options.text_tokens
+@options.guidance_scale_2
 @calibrating.options_of_calibrate
 @click.option(
     "--bundle",
@@ -44,6 +46,7 @@ def calibrate(
     output: Path,
     sizes: Sizes,
     text_tokens: int | None,
+    guidance_scale_2: float | None,
     calibrating: Calibrating,
     bundle: Path | None,
     backend: str,
@@ -67,7 +70,10 @@ def calibrate(
     engine = None if bundle is None else _engine(bundle, checkpoint)
     if engine is not None:
         text_tokens = text_tokens or engine.export.text_tokens
-    recorder = Recorder(checkpoint, calibrating.recording(checkpoint, size, text_tokens, wanted))
+        if guidance_scale_2 is None:
+            guidance_scale_2 = engine.export.second_guidance_scale
+    recording = calibrating.recording(checkpoint, size, text_tokens, wanted)
+    recorder = Recorder(checkpoint, replace(recording, guidance_scale_2=guidance_scale_2))
     with progress("calibrate") as report:
         trajectories = recorder.record(output, note=note, report=report)
     schedules: tuple[Schedule, ...] = ()

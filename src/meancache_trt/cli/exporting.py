@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from meancache_trt.build import ExportOptions
-from meancache_trt.cli.options import gathered
+from meancache_trt.cli.options import gathered, guidance_scale_2
 from meancache_trt.shapes import PictureSize, Range
 
 _weights = click.option(
@@ -47,6 +47,7 @@ class Exporting:
     precisions: tuple[str, ...]
     skip_parity: bool
     parity_memory: float | None
+    guidance_scale_2: float | None
 
     def of(
         self, sizes: Sequence[PictureSize], batch: Range | None, text_tokens: int | None
@@ -64,8 +65,17 @@ class Exporting:
             precisions=self.precisions or None,
             is_parity_checked=not self.skip_parity,
             parity_bytes=None if memory is None else int(memory * 2**30),
+            guidance_scale_2=self.guidance_scale_2,
         )
 
 
-options = gathered("exporting", Exporting, _weights, _precision, _skip_parity, _parity_memory)
+options = gathered(
+    "exporting",
+    Exporting,
+    _weights,
+    _precision,
+    _skip_parity,
+    _parity_memory,
+    guidance_scale_2,
+)
 """Give a command these options; it gets them as one `Exporting` named `exporting`."""

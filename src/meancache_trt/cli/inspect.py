@@ -88,6 +88,8 @@ def inspect_bundle(bundle: Bundle, plans: Sequence[ListedPlan] = (), *, as_json:
     click.echo(f"resolutions {', '.join(map(str, export.sizes))}")
     click.echo(f"ranges      {_ranges(export.ranges)}")
     click.echo(f"guidance    {export.guidance.rule}, default {export.guidance.default_scale}")
+    if export.second_stage is not None:
+        click.echo(f"transformer_2 {export.second_stage}")
     click.echo()
     print_table(
         ["component", "precision", "weights MB", "shared MB"],
@@ -177,6 +179,7 @@ def schedule_facts(schedule: Schedule) -> dict[str, object]:
         "steps": schedule.grid.steps,
         "method": schedule.method,
         "history": schedule.history,
+        "transformers": schedule.transformers(),
         "guidance_scale": schedule.guidance_scale,
         "guidance_range": schedule.guidance_range,
         "calibrated_at": _size(schedule),

@@ -131,6 +131,12 @@ guidance_scale = click.option(
     type=float,
     help="Guidance scale; by default the schedule's, or the model's.",
 )
+guidance_scale_2 = click.option(
+    "--guidance-scale-2",
+    type=float,
+    help="Guidance scale of the second transformer, where the model has one; by default the "
+    "first one's.",
+)
 force = click.option("--force", is_flag=True, help="Redo what is already there.")
 model = click.argument("model")
 bundle = click.argument("bundle", type=click.Path(path_type=Path))

@@ -135,12 +135,19 @@ def show_schedule(schedule: Schedule) -> None:
         click.echo(f"model {schedule.model.name}")
     if schedule.calibration is not None:
         click.echo(f"calibrated in {schedule.precision}")
+    second = schedule.grid.second_stage
+    if second is not None:
+        click.echo(f"transformer_2 {second}")
     click.echo()
-    spans = [*(schedule.spans or ()), ""] if schedule.spans else [""] * schedule.budget
-    rows = [
-        [step, f"{sigma:.6f}", span, "  ".join(f"{weight:+.6f}" for weight in weights)]
-        for step, sigma, span, weights in zip(
-            schedule.nodes, schedule.sigmas(), spans, schedule.weights, strict=False
-        )
+    columns: list[tuple[str, Sequence[object]]] = [
+        ("node", schedule.nodes),
+        ("sigma", [f"{sigma:.6f}" for sigma in schedule.sigmas()[:-1]]),
+        *([("network", schedule.transformers())] if second is not None else []),
+        ("span", [*schedule.spans, ""] if schedule.spans else [""] * schedule.budget),
+        (
+            "weights of v_n, v_n-1, …",
+            ["  ".join(f"{weight:+.6f}" for weight in weights) for weights in schedule.weights],
+        ),
     ]
-    print_table(["node", "sigma", "span", "weights of v_n, v_n-1, …"], rows)
+    rows = list(zip(*(values for _, values in columns), strict=True))
+    print_table([name for name, _ in columns], rows)

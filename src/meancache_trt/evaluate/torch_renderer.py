@@ -136,6 +136,12 @@ class TorchRenderer:
                 f"{model.name!r} with other weights; calibrate on this checkpoint"
             )
         schedule.fit_to(schedule.grid, self._call.guidance_scale)
+        second, used = schedule.grid.second_stage, self._call.options.get("guidance_scale_2")
+        if second is not None and second.guidance_scale != used:
+            raise ScheduleError(
+                f"schedule {schedule.name!r} is for a second transformer {second}, this pipeline "
+                f"is called with the second guidance scale {used}; evaluate a bundle of that scale"
+            )
 
     def setup(self, steps: int, reference_steps: int | None) -> Setup:
         """See `Renderer`."""

@@ -1,8 +1,8 @@
 """How long jobs will take, from how long jobs have taken.
 
-A schedule is B evaluations of one network, whatever the prompt and seed, so its loop takes B times
-as long as one evaluation; what comes before and after the loop does not depend on it at all. So a
-few measurements on a warm machine predict every schedule.
+A schedule is B evaluations of one network, or of two of one architecture, whatever the prompt and
+seed, so its loop takes B times as long as one evaluation; what comes before and after the loop does
+not depend on it at all. So a few measurements on a warm machine predict every schedule.
 """
 
 from __future__ import annotations
