@@ -175,12 +175,12 @@ class Family:
     `symbols` gives every symbol of the signatures but those of `manifest.batch_symbols`; one is
     `text_tokens`, on which no other depends where text has a mask, so that hosts can shorten it by
     that alone. `grid`, `mu` and `timestep_scale` are explained in `manifest.Exported`. `frames` is
-    None for families of pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if anything. `tiling`
-    says in which tiles the VAE class decodes; None where it has none. `float16_overflow` is where
-    it was reported that the network's activations exceed float16. `module_output` makes of the
-    graph's velocity what the transformer's `forward` gives, where that has another sign or layout.
-    `latents_argument` makes of the loop's latent what the pipeline takes as `latents`, where that
-    has another layout. `second_stage` says from which timestep on the pipeline evaluates its
+    None for families of pictures. `longest_text_tokens` is what the pipeline refuses to exceed, if
+    anything. `tiling` says in which tiles the VAE class decodes; None where it has none.
+    `float16_overflow` is where it was reported that the network's activations exceed float16.
+    `module_output` makes of the graph's velocity what the transformer's `forward` gives, where that
+    has another sign or layout, and `latents_argument` of the loop's latent what the pipeline takes
+    as `latents`. `second_stage` says from which timestep on the pipeline evaluates its
     transformer_2; None, also as its result, where there is one transformer.
     """
 
