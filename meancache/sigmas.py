@@ -330,7 +330,7 @@ def check_flow_sigmas(config: Mapping[str, Any], convention: Convention = "count
         **dict.fromkeys(_UNSUPPORTED, False),
     }
     found = {**expected, "use_flow_sigmas": None, "prediction_type": None, **config}
-    wrong = [f"{key} {found[key]!r}" for key in expected if found[key] != expected[key]]
+    wrong = [f"{key} {found[key]!r}" for key in expected if (found[key] or False) != expected[key]]
     if wrong or convention != "count":
         raise ScheduleError(
             f"expected a {FLOW_SIGMAS_SCHEDULER} of flow matching, as Wan's, in a pipeline that "

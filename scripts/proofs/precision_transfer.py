@@ -49,7 +49,7 @@ from meancache_trt.evaluate.renderer import EngineRenderer
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Size
 from meancache_trt.export.job import Job
-from meancache_trt.export.networks import transformer
+from meancache_trt.export.networks import transformers
 from meancache_trt.export.registry import detect
 from meancache_trt.graphs import Graphs
 from meancache_trt.meancache.runtime import Tensor, TensorSpec
@@ -186,7 +186,7 @@ def _module(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[nn.Module]:
     configs = checkpoint.configs(("transformer", "vae", "scheduler", *family.text_components))
     size = Size(resolution.height, resolution.width, bundle.export.text_tokens, resolution.frames)
     job = Job(checkpoint, family, configs, size, bundle.directory, "link", _note)
-    network = transformer(job)
+    (network,) = transformers(job)
     model = network.load()
     for parameter in model.parameters():  # and no buffers, as `build_network` has it
         parameter.data = parameter.data.to(torch.bfloat16)

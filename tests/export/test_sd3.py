@@ -11,7 +11,7 @@ from meancache_trt.export import sd3_torch
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.family import Configs, Size, check_size
 from meancache_trt.export.job import Job
-from meancache_trt.export.networks import transformer
+from meancache_trt.export.networks import transformers
 from meancache_trt.export.sd3 import SD3
 from tests.export.tiny_sd3 import tiny_pipeline, tiny_transformer
 
@@ -129,8 +129,9 @@ def test_a_sample_has_the_first_block_of_each_kind(
     source = Checkpoint(tmp_path / "tiny")
     configs = source.configs(("transformer", "vae", "scheduler", *SD3.text_components))
     job = Job(source, SD3, configs, Size(32, 48, 12), tmp_path, "link", lambda _: None)
-    network, blocks = transformer(job).sample()
+    (model,) = transformers(job)
+    network, blocks = model.sample()
     assert blocks == tuple(f"transformer_blocks.{number}" for number in expected)
     dropped = [f"transformer_blocks.{number}." for number in {0, 1, 2} - set(expected)]
-    names = set(transformer(job).empty("float32").state_dict())
+    names = set(model.empty("float32").state_dict())
     assert set(network.state_dict()) == {n for n in names if not n.startswith(tuple(dropped))}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,84 +10,36 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
-from numpy.typing import NDArray
 
-from meancache_trt import build as stages
-from meancache_trt.bundle import Bundle, create_bundle
-from meancache_trt.calibration.recording import scheduler_replaced
+from meancache_trt.bundle import Bundle
 from meancache_trt.engine_transformer import EngineTransformer
 from meancache_trt.errors import InputError
-from meancache_trt.export import export_components
-from meancache_trt.export.checkpoint import Checkpoint
-from meancache_trt.export.pipeline import identify
-from meancache_trt.manifest import Exported
-from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
 from meancache_trt.meancache.noise import philox_normal
-from meancache_trt.meancache.schedule import Schedule, bake
-from meancache_trt.record import RecordOptions
 from meancache_trt.render import Pipeline
 from meancache_trt.session import Session
 from tests.export.families import shared_export
 from tests.export.test_pipeline import Arrays, Graphs
-from tests.export.tiny_wan import (
-    CHANNELS,
-    FEATURES,
-    tiny_5b,
-    tiny_a14b,
-    tiny_pipeline,
-    tiny_transformer,
+from tests.export.tiny_wan import CHANNELS, FEATURES, tiny_5b
+from tests.export.wan_subject import (
+    HEIGHT,
+    LATENT_TOLERANCE,
+    NEGATIVE,
+    OTHER,
+    PROMPT,
+    SCALE,
+    SEED,
+    STEPS,
+    TEXT_TOKENS,
+    WIDTH,
+    Subject,
+    diffusers_video,
+    exported,
+    our_latent,
+    with_scheduler,
 )
 
 # diffusers 0.42.1 hands torch tensors to np.array, which NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-HEIGHT, WIDTH, FRAMES, TEXT_TOKENS = 32, 48, 5, 12  # of the shared export
-STEPS, SCALE, SCALE_2, SEED = 10, 4.0, 3.0, 3
-PROMPT, OTHER, NEGATIVE = "a red dog", "two cats on a mat", "blurry"
-
-LATENT_TOLERANCE = 3e-5
-"""Float32 sums in another order, over 10 evaluations of values near 1; measured 5e-6."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A diffusers pipeline and the bundle of its checkpoint, open."""
-
-    diffusers: WanPipeline
-    bundle: Bundle
-    pipeline: Pipeline
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The second guidance scale, which the bundle has."""
-        scale = self.bundle.export.second_guidance_scale
-        return {} if scale is None else {"guidance_scale_2": scale}
-
-    def schedule(self, method: str = "euler", nodes: Any = range(STEPS)) -> Schedule:
-        return bake(method, self.pipeline.grid(STEPS), nodes)
-
-
-@pytest.fixture(scope="module")
-def a14b(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
-    return exported(tiny_a14b(), tmp_path_factory.mktemp("a14b"), guidance_scale_2=SCALE_2)
-
-
-def exported(pipeline: WanPipeline, directory: Path, **options: Any) -> tuple[Path, Bundle]:
-    """A checkpoint and its bundle, compared with diffusers."""
-    folder = directory / "tiny"
-    pipeline.save_pretrained(folder)
-
-    def fill(target: Path) -> Exported:
-        return export_components(
-            folder,
-            target,
-            height=HEIGHT,
-            frames=FRAMES,
-            text_tokens=TEXT_TOKENS,
-            **{"width": WIDTH, **options},
-        )
-
-    return folder, create_bundle(directory / "tiny.mcb", fill, {})
 
 
 @pytest.fixture(scope="module", params=["2.1", "2.2 A14B"])
@@ -105,38 +55,6 @@ def subject(
     pipeline.set_progress_bar_config(disable=True)
     with Pipeline(bundle, embedding_cache="off") as opened:
         yield Subject(pipeline, bundle, opened)
-
-
-def diffusers_video(subject: Subject, **changes: Any) -> NDArray[np.float32]:
-    arguments = {
-        "prompt": PROMPT,
-        "negative_prompt": NEGATIVE,
-        "guidance_scale": SCALE,
-        "num_inference_steps": STEPS,
-        "num_frames": FRAMES,
-        "height": HEIGHT,
-        "width": WIDTH,
-        "max_sequence_length": TEXT_TOKENS,
-        "generator": torch.Generator("cpu").manual_seed(SEED),
-        "output_type": "latent",
-        **subject.options,
-        **changes,
-    }
-    return np.asarray(subject.diffusers(**arguments).frames)[0]
-
-
-def our_latent(subject: Subject, schedule: Schedule, **changes: Any) -> NDArray[np.float32]:
-    arguments = {"negative_prompt": NEGATIVE, "guidance_scale": SCALE, "seed": SEED, **changes}
-    (found,) = subject.pipeline.render([PROMPT], schedule=schedule, noise="torch", **arguments)
-    return found.latent
-
-
-def with_scheduler(subject: Subject, schedule: Schedule) -> NDArray[np.float32]:
-    """The diffusers pipeline with our scheduler."""
-    stock = subject.diffusers.scheduler
-    scheduler = MeanCacheScheduler.from_schedule(schedule, stock)
-    with scheduler_replaced(subject.diffusers, scheduler):
-        return diffusers_video(subject)
 
 
 def test_record_holds_what_a_host_needs(subject: Subject) -> None:
@@ -281,102 +199,6 @@ def test_timesteps_that_differ_within_a_sample_are_refused(subject: Subject) -> 
     engine = EngineTransformer(subject.bundle)
     with pytest.raises(InputError, match="one timestep for all tokens"):
         engine(latent, times, text)
-
-
-# ------------------------------------------------------------------------------ two transformers
-
-
-def test_schedule_rows_name_the_transformer_that_the_pipeline_would_call(
-    a14b: tuple[Path, Bundle],
-) -> None:
-    called: list[str] = []
-    pipe = tiny_a14b()
-    for part in ("transformer", "transformer_2"):
-        pipe.components[part].register_forward_pre_hook(
-            lambda *_, part=part, **__: called.append(part)
-        )
-    with Pipeline(a14b[1], embedding_cache="off") as pipeline:
-        subject = Subject(pipe, a14b[1], pipeline)
-        schedule = subject.schedule("euler", [0, 1, 3, 4, 7])
-        with_scheduler(subject, schedule)
-    assert tuple(called[::2]) == schedule.transformers()  # twice each, for guidance
-    assert schedule.timesteps()[2] == 875.0  # which is the first one's yet
-    assert schedule.transformers() == ("transformer",) * 3 + ("transformer_2",) * 2
-
-
-def test_both_scales_act(a14b: tuple[Path, Bundle]) -> None:
-    with Pipeline(a14b[1], embedding_cache="off") as pipeline:
-        subject = Subject(tiny_a14b(), a14b[1], pipeline)
-        base = our_latent(subject, subject.schedule())
-        assert (
-            np.abs(base - our_latent(subject, subject.schedule(), guidance_scale=5.0)).max() > 0.01
-        )
-    other = {"guidance_scale_2": 4.0, "generator": torch.Generator("cpu").manual_seed(SEED)}
-    found = diffusers_video(subject, **other)
-    assert np.abs(diffusers_video(subject) - found).max() > 0.01
-
-
-def test_identity_covers_both_transformers(a14b: tuple[Path, Bundle], tmp_path: Path) -> None:
-    folder, bundle = a14b
-    assert identify(Checkpoint(folder)).digest == bundle.export.model.digest
-    for part in ("transformer", "transformer_2"):
-        changed = tmp_path / part
-        shutil.copytree(folder, changed)
-        tiny_transformer(seed=11).save_pretrained(changed / part)
-        assert identify(Checkpoint(changed)).digest != bundle.export.model.digest
-
-
-def test_a_second_scale_needs_a_second_transformer(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has one guidance scale, found a second, 3"):
-        exported(tiny_pipeline(), tmp_path, guidance_scale_2=3.0)
-
-
-def test_a_bundle_keeps_its_second_scale(a14b: tuple[Path, Bundle]) -> None:
-    folder, bundle = a14b
-    options = stages.ExportOptions(
-        size=(HEIGHT, WIDTH), frames=FRAMES, text_tokens=TEXT_TOKENS, guidance_scale_2=SCALE_2
-    )
-
-    def export(options: stages.ExportOptions) -> Bundle:
-        return stages.export(
-            Checkpoint(folder), bundle.directory, options, note=lambda _: None, is_forced=False
-        )
-
-    assert export(options).manifest == bundle.manifest
-    with pytest.raises(InputError, match=r"guidance scale 3 against a guidance scale of 2\.5"):
-        export(replace(options, guidance_scale_2=2.5))
-
-
-def test_calibration_records_both_transformers(a14b: tuple[Path, Bundle], tmp_path: Path) -> None:
-    folder, bundle = a14b
-    options = RecordOptions(
-        size=(HEIGHT, WIDTH),
-        frames=FRAMES,
-        prompts=(PROMPT,),
-        steps=STEPS,
-        samples=1,
-        text_tokens=TEXT_TOKENS,
-        guidance_scale=SCALE,
-        guidance_scale_2=SCALE_2,
-    )
-    recorded = stages.record_pipeline(
-        Checkpoint(folder), tmp_path, options, note=lambda _: None, report=lambda *_: None
-    )
-    assert recorded.grid.second_stage == bundle.export.second_stage
-    with Pipeline(bundle, embedding_cache="off") as pipeline:
-        (found,) = pipeline.render(
-            [PROMPT],
-            guidance_scale=SCALE,
-            seed=0,
-            schedule=bake("euler", recorded.grid, range(STEPS)),
-            noise="torch",
-        )
-    (sample,) = recorded
-    final = sample.final.reshape(found.latent.shape)
-    assert np.abs(found.latent - final).max() <= LATENT_TOLERANCE
-
-
-# ------------------------------------------------------------------------------ Wan 2.2 TI2V-5B
 
 
 def test_timesteps_of_each_token_and_patches_of_pixels_are_followed(tmp_path: Path) -> None:

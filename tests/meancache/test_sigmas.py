@@ -177,6 +177,11 @@ def test_another_unipc_is_refused(options: dict[str, Any], message: str) -> None
         grid_from_config({**WAN, **options}, 10, convention="count")
 
 
+def test_an_option_that_is_null_is_off() -> None:
+    grid = grid_from_config({**WAN, "use_karras_sigmas": None}, 10, convention="count")
+    assert grid == grid_from_config(WAN, 10, convention="count")
+
+
 def test_unipc_in_a_pipeline_that_hands_over_sigmas_is_refused() -> None:
     with pytest.raises(ScheduleError, match="found one that is given sigmas"):
         grid_from_config(WAN, 10, convention="linspace")
