@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,9 @@ from meancache_trt.export.family import Configs, Family, Size
 
 PIPELINE_FOLDER = "pipeline"
 """Where a bundle keeps what prompts are encoded with, in diffusers layout."""
+
+OVERLAY = "lora.safetensors"
+"""What holds the weights that LoRAs change, beside the checkpoint's own files."""
 
 WeightPlacement = Literal["link", "copy"]
 
@@ -41,7 +44,8 @@ class Job:
 
     `size` is the default, `further_sizes` are what the bundle also lists. Graphs with weights are
     made in each of `precisions`, F32 among them. `parity_bytes` is the memory that a comparison may
-    take; None means what is free.
+    take; None means what is free. `overlays` has a safetensors file in `root` for each part of the
+    checkpoint with weights that its LoRAs change; it lies in the folder of the part's graph.
     """
 
     source: Checkpoint
@@ -54,3 +58,4 @@ class Job:
     precisions: tuple[Precision, ...] = (F32,)
     further_sizes: tuple[Size, ...] = ()
     parity_bytes: int | None = None
+    overlays: Mapping[str, Path] = field(default_factory=dict)

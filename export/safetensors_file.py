@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from numpy.typing import NDArray
 
 from meancache_trt.errors import ExportError
 
@@ -27,6 +30,8 @@ _DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+
+_CODES = {dtype: code for code, (dtype, _) in _DTYPES.items()}
 
 _LENGTH_BYTES = 8
 _LONGEST_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -121,3 +126,27 @@ def _truncated(file: Path, expected: int, found: int) -> str:
         f"{file} is truncated: expected {expected} bytes by its header, found {found}; "
         "download it again"
     )
+
+
+def write_tensors(
+    file: Path, kinds: Mapping[str, StoredTensor], contents: Iterable[NDArray[Any]]
+) -> None:
+    """Write tensors of the dtypes and shapes of `kinds`, with these contents, in the same order.
+
+    The safetensors library would hold them all in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, kind in kinds.items():
+        begin, end = end, end + kind.length
+        header[name] = {
+            "dtype": _CODES[kind.dtype],
+            "shape": kind.shape,
+            "data_offsets": (begin, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)  # data begins aligned
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for content in contents:
+            stream.write(content.data)
