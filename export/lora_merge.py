@@ -59,10 +59,10 @@ class Change:
 def merge(
     checkpoint: Checkpoint, part: str, report: Report = lambda _: None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a part that the checkpoint's LoRAs change, by name, in their stored dtype.
+    """The weights of a part that the checkpoint's LoRAs change, by name.
 
-    LoRAs are added up in float32, in order; then the weight is rounded, once. One tensor is in
-    memory at a time. All LoRAs are checked before the first one.
+    LoRAs are added up in float32, in order. What is stored in bfloat16 is rounded to that, once;
+    all else stays float32. One tensor is in memory at a time. All LoRAs are checked before.
 
     Raises `InputError` for a LoRA that is not of this model, changes nothing, or is of a kind that
     cannot be merged, and `ExportError` for files that are no safetensors.
@@ -74,7 +74,7 @@ def merge(
 def write_overlay(checkpoint: Checkpoint, part: str, file: Path, report: Report) -> None:
     """Write what `merge` gives to a safetensors file."""
     changes, stored = _changes(checkpoint, part, report), checkpoint.tensors(part)
-    kinds = {name: stored[name] for name in changes}
+    kinds = {name: (_dtype(stored[name]), stored[name].shape) for name in changes}
     file.parent.mkdir(parents=True, exist_ok=True)
     merged = (_merged(stored[name], added) for name, added in changes.items())
     write_tensors(file, kinds, (tensor.view(torch.uint8).numpy() for tensor in merged))
@@ -92,7 +92,16 @@ def _merged(tensor: StoredTensor, added: Sequence[Change]) -> Tensor:
     (weight,) = load_tensors({"": tensor}).values()
     for change in added:
         weight += change.factor * (change.up @ change.down)
-    return weight.to(getattr(torch, tensor.dtype))
+    return weight.to(getattr(torch, _dtype(tensor)))
+
+
+def _dtype(tensor: StoredTensor) -> str:
+    """What a merged weight is kept in.
+
+    Of a bfloat16 checkpoint there is a graph that would round it so in any case. Others have a
+    float32 graph, in which what a LoRA adds, often less than float16's steps, is then whole.
+    """
+    return "bfloat16" if tensor.dtype == "bfloat16" else "float32"
 
 
 def _changes(checkpoint: Checkpoint, part: str, report: Report) -> dict[str, list[Change]]:
@@ -106,8 +115,8 @@ def _changes(checkpoint: Checkpoint, part: str, report: Report) -> dict[str, lis
 
 def _changes_of(lora: Lora, checkpoint: Checkpoint, part: str, report: Report) -> dict[str, Change]:
     """What one LoRA adds to each weight of a part."""
-    stored, config = checkpoint.tensors(part), _config(lora.path, part)
     layers, text = _read_layers(lora.path)
+    stored, config = checkpoint.tensors(part), _config(lora.path, part)
     if text:
         report(
             f"{lora.path.name}: {len(text)} layers of text encoders are left out, such as "

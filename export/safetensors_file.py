@@ -31,7 +31,7 @@ _DTYPES = {
     "BOOL": ("bool", 1),
 }
 
-_CODES = {dtype: code for code, (dtype, _) in _DTYPES.items()}
+_CODES = {dtype: (code, width) for code, (dtype, width) in _DTYPES.items()}
 
 _LENGTH_BYTES = 8
 _LONGEST_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -129,21 +129,20 @@ def _truncated(file: Path, expected: int, found: int) -> str:
 
 
 def write_tensors(
-    file: Path, kinds: Mapping[str, StoredTensor], contents: Iterable[NDArray[Any]]
+    file: Path,
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]],
+    contents: Iterable[NDArray[Any]],
 ) -> None:
-    """Write tensors of the dtypes and shapes of `kinds`, with these contents, in the same order.
+    """Write tensors of these dtypes and shapes, with these contents, in the same order.
 
     The safetensors library would hold them all in memory.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, kind in kinds.items():
-        begin, end = end, end + kind.length
-        header[name] = {
-            "dtype": _CODES[kind.dtype],
-            "shape": kind.shape,
-            "data_offsets": (begin, end),
-        }
+    for name, (dtype, shape) in kinds.items():
+        code, width = _CODES[dtype]
+        begin, end = end, end + width * math.prod(shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)  # data begins aligned
     with file.open("wb") as stream:

@@ -32,8 +32,11 @@ from meancache_trt.standins.captions import COLOURS, Scene, random_caption
 
 WORD = "magenta"
 RGB = (0.90, 0.08, 0.60)
-RANK, ALPHA = 4, 8
-LAYERS = r"context_embedder|transformer_blocks\.\d\.attn\.(add_k_proj|add_v_proj|to_add_out)"
+RANK, ALPHA = 8, 16
+LAYERS = (
+    r"context_embedder|time_text_embed\.text_embedder\.linear_1"
+    r"|transformer_blocks\.\d\.attn\.add_[kv]_proj"
+)
 GUIDANCE_RANGE = (1.0, 6.0)
 
 Text = tuple[Tensor, ...]
@@ -186,9 +189,9 @@ def main() -> None:
     """Trains, and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=16, help="of either half")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--pool", type=int, default=4096, help="encoded samples of either half")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
