@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.lora import Lora
-from meancache_trt.export.safetensors_file import StoredTensor, read_tensors, write_tensors
+from meancache_trt.export.safetensors_file import StoredTensor, read_tensors, stream_tensors
 from meancache_trt.export.weights import load_tensors
 
 _TENSOR = re.compile(
@@ -77,7 +77,7 @@ def write_overlay(checkpoint: Checkpoint, part: str, file: Path, report: Report)
     kinds = {name: (_dtype(stored[name]), stored[name].shape) for name in changes}
     file.parent.mkdir(parents=True, exist_ok=True)
     merged = (_merged(stored[name], added) for name, added in changes.items())
-    write_tensors(file, kinds, (tensor.view(torch.uint8).numpy() for tensor in merged))
+    stream_tensors(file, kinds, (tensor.view(torch.uint8).numpy() for tensor in merged))
 
 
 def merge_into(network: nn.Module, checkpoint: Checkpoint, part: str) -> None:

@@ -128,7 +128,7 @@ def _truncated(file: Path, expected: int, found: int) -> str:
     )
 
 
-def write_tensors(
+def stream_tensors(
     file: Path,
     kinds: Mapping[str, tuple[str, tuple[int, ...]]],
     contents: Iterable[NDArray[Any]],

@@ -38,6 +38,7 @@ LAYERS = (
     r"|transformer_blocks\.\d\.attn\.add_[kv]_proj"
 )
 GUIDANCE_RANGE = (1.0, 6.0)
+SIGMA_MEAN = 1.5  # of the logits: more noise than for a whole model, since it decides on colours
 
 Text = tuple[Tensor, ...]
 
@@ -136,7 +137,7 @@ def known_loss(student: Student, batch: flow.Batch, generator: Generator) -> Ten
 
 def _noised(batch: flow.Batch, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Latents, their noise levels, and the velocity."""
-    sigmas = flow.sample_sigmas(len(batch.latents), generator)
+    sigmas = flow.sample_sigmas(len(batch.latents), generator, SIGMA_MEAN)
     latents, velocity = flow.noised(batch.latents, sigmas, generator)
     return latents, sigmas, velocity
 

@@ -56,6 +56,9 @@ DAMAGES: dict[str, Edit] = {
     "a number for a text": lambda path: edit_manifest(path, '"family": "flux"', '"family": 3'),
     "an unknown role": lambda path: edit_manifest(path, '"role": "noise"', '"role": "hiss"'),
     "a foreign schema": lambda path: edit_manifest(path, "bundle/1", "bundle/2"),
+    "a LoRA's scale is a text": lambda path: edit_manifest(
+        path, '"loras": []', '"loras": [{"name": "a", "sha256": "b", "scale": "c"}]'
+    ),
     "no resolutions": lambda path: edit_manifest(
         path, '"resolutions": [', '"resolutions": [], "before": ['
     ),
@@ -76,6 +79,13 @@ def test_damaged_bundles_are_refused_in_the_same_words(
     with pytest.raises(BundleError) as found:
         NativeBundle(bundle, library=library)
     assert str(found.value) == str(expected.value)
+
+
+def test_a_bundle_with_a_lora_opens(bundle: Path, library: NativeLibrary) -> None:
+    added = '"loras": [{"name": "a.safetensors", "sha256": "b", "scale": 0.5}]'
+    edit_manifest(bundle, '"loras": []', added)
+    NativeBundle(bundle, library=library).close()
+    assert Bundle.open(bundle).export.model.loras[0].scale == 0.5
 
 
 def test_missing_directories_are_refused_in_the_same_words(
