@@ -29,7 +29,8 @@ from meancache_trt.export.safetensors_file import StoredTensor, read_tensors, st
 from meancache_trt.export.weights import load_tensors
 
 _TENSOR = re.compile(
-    r"(?P<layer>.+)\.(?:(?:lora[._])?(?:(?P<down>A|down)|(?P<up>B|up))(?:\.\w+)?\.weight|alpha)"
+    r"(?P<layer>.+?)\.(?:(?:lora[._])?(?:(?P<down>A|down)|(?P<up>B|up))"
+    r"(?:\.(?!lora)\w+)?\.weight|alpha)"
 )
 _TEXT_LAYER = re.compile(r"lora_te\d*_|text_encoder")
 _METADATA = "lora_adapter_metadata"  # the header's entry that diffusers' save_lora_weights writes
@@ -132,11 +133,7 @@ def _changes_of(lora: Lora, checkpoint: Checkpoint, part: str, report: Report) -
         if not named or any(f"{module}.weight" not in stored for module in named):
             foreign.append(layer.name)
     if foreign:
-        raise InputError(
-            f"{lora.path} is a LoRA of another model: {len(foreign)} of its {len(layers)} layers "
-            f"are not in the {part} of {checkpoint.path.name}, such as {', '.join(foreign[:3])}; "
-            f"give one that was trained on a {checkpoint.config(part)['_class_name']} like this"
-        )
+        raise _of_another_model(lora, foreign, len(layers), checkpoint, part)
     _check_shapes(found, stored, lora, part)
     kept = {name: change for name, change in found.items() if not change.is_empty}
     if not kept:
@@ -146,6 +143,16 @@ def _changes_of(lora: Lora, checkpoint: Checkpoint, part: str, report: Report) -
             "encoders; leave it out"
         )
     return kept
+
+
+def _of_another_model(
+    lora: Lora, foreign: Sequence[str], count: int, checkpoint: Checkpoint, part: str
+) -> InputError:
+    return InputError(
+        f"{lora.path} is a LoRA of another model: {len(foreign)} of its {count} layers are not in "
+        f"the {part} of {checkpoint.path.name}, such as {', '.join(foreign[:3])}; give one that "
+        f"was trained on a {checkpoint.config(part)['_class_name']} like this"
+    )
 
 
 def _add(found: dict[str, Change], name: str, change: Change, lora: Lora) -> None:

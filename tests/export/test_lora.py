@@ -173,6 +173,30 @@ def one_layer(module: str = "context_embedder") -> Tensors:
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("lora_unet_txt_in.lora_down.weight", "lora_unet_txt_in.lora_up.weight"),
+        ("context_embedder.lora_A.weight", "context_embedder.lora_B.weight"),
+        (
+            "transformer.context_embedder.lora.down.weight",
+            "transformer.context_embedder.lora.up.weight",
+        ),
+    ],
+    ids=["Kohya", "no prefix", "former diffusers"],
+)
+def test_layers_that_diffusers_drops_or_named_otherwise_are_merged(
+    flux: Path, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    before = TINY["flux"]().transformer.context_embedder.weight
+    down, up = pair(64, 48)
+    alpha = {f"{names[0].rpartition('.lora')[0]}.alpha": torch.tensor(3.0)}
+    tensors = {**dict(zip(names, (down, up), strict=True)), **alpha}
+    found = merged(flux, Lora(write(tmp_path / "a.safetensors", tensors), SCALE))
+    expected = before.detach() + SCALE * 3 / 2 * up @ down
+    torch.testing.assert_close(found, {"context_embedder.weight": expected}, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
     ("stored", "kept"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
 )
 def test_half_precision_is_merged_in_float32_and_rounded_once(

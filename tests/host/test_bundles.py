@@ -7,13 +7,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from scripts.host.mutations import copied, mutate, sealed
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.engine.native import NativeBundle, NativeLibrary
 from meancache_trt.errors import BundleError, MeanCacheError
+from meancache_trt.manifest import LoraRecord
 from meancache_trt.meancache import hashing
+from meancache_trt.meancache.files import encode_json
 from tests.host.conftest import Subject
 
 Edit = Callable[[Path], object]
@@ -82,10 +85,17 @@ def test_damaged_bundles_are_refused_in_the_same_words(
 
 
 def test_a_bundle_with_a_lora_opens(bundle: Path, library: NativeLibrary) -> None:
-    added = '"loras": [{"name": "a.safetensors", "sha256": "b", "scale": 0.5}]'
-    edit_manifest(bundle, '"loras": []', added)
-    NativeBundle(bundle, library=library).close()
-    assert Bundle.open(bundle).export.model.loras[0].scale == 0.5
+    manifest = Bundle.open(bundle).manifest
+    model = msgspec.structs.replace(
+        manifest.export.model, name="a + b", loras=(LoraRecord("b.safetensors", "0" * 64, 0.5),)
+    )
+    export = msgspec.structs.replace(manifest.export, model=model)
+    changed = msgspec.structs.replace(manifest, export=export).sealed()
+    replace(bundle / "manifest.json", encode_json(changed))
+    assert Bundle.open(bundle).export.model == model
+    opened = NativeBundle(bundle, library=library)
+    assert opened.info["model_name"] == "a + b"
+    opened.close()
 
 
 def test_missing_directories_are_refused_in_the_same_words(
