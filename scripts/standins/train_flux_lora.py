@@ -190,10 +190,10 @@ def main() -> None:
     """Trains, and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch-size", type=int, default=16, help="of either half")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=12, help="of either half")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--pool", type=int, default=4096, help="encoded samples of either half")
+    parser.add_argument("--pool", type=int, default=2048, help="encoded samples of either half")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -119,6 +119,15 @@ def test_kohya_names_and_fused_projections_of_flux(flux: Path, tmp_path: Path) -
     assert_equal(found, "flux", by_diffusers("flux", lora))
 
 
+def test_xlabs_names_of_flux(flux: Path, tmp_path: Path) -> None:
+    (down, up), layer = pair(3 * 64, 64), "double_blocks.0.processor.qkv_lora2"
+    tensors = {f"{layer}.down.weight": down, f"{layer}.up.weight": up}
+    lora = Lora(write(tmp_path / "a.safetensors", tensors), SCALE)
+    found = merged(flux, lora)
+    assert len(found) == 3
+    assert_equal(found, "flux", by_diffusers("flux", lora))
+
+
 def test_kohya_names_of_qwen_image(folders: dict[str, Path], tmp_path: Path) -> None:
     layers = pairs(TINY["qwen_image"]().transformer, MODULES["qwen_image"])
     lora = Lora(write(tmp_path / "a.safetensors", kohya_names(layers, alpha=3.0)), SCALE)
@@ -176,13 +185,14 @@ def one_layer(module: str = "context_embedder") -> Tensors:
     "names",
     [
         ("lora_unet_txt_in.lora_down.weight", "lora_unet_txt_in.lora_up.weight"),
+        ("diffusion_model.txt_in.lora_down.weight", "diffusion_model.txt_in.lora_up.weight"),
         ("context_embedder.lora_A.weight", "context_embedder.lora_B.weight"),
         (
             "transformer.context_embedder.lora.down.weight",
             "transformer.context_embedder.lora.up.weight",
         ),
     ],
-    ids=["Kohya", "no prefix", "former diffusers"],
+    ids=["Kohya", "ComfyUI", "no prefix", "former diffusers"],
 )
 def test_layers_that_diffusers_drops_or_named_otherwise_are_merged(
     flux: Path, tmp_path: Path, names: tuple[str, str]
