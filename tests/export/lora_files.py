@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.export.tiny_flux import tiny_transformer
+
 Tensors = dict[str, Tensor]
 
 
@@ -54,3 +56,8 @@ def write(file: Path, tensors: Tensors, header: dict[str, str] | None = None) ->
     """Write them to a file."""
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, header)
     return file
+
+
+def one_layer(module: str = "context_embedder") -> Tensors:
+    """A LoRA of one layer of the tiny FLUX.1, in diffusers' names."""
+    return diffusers_names(pairs(tiny_transformer(), [module]))
