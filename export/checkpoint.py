@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meancache_trt.errors import ExportError, RuntimeUnavailableError
+from meancache_trt.export.lora import Lora
 from meancache_trt.export.safetensors_file import StoredTensor, read_tensors
 
 _MODEL_WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers writes
@@ -25,13 +26,14 @@ _HUB_PATTERNS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers pipeline folder on disk.
+    """A diffusers pipeline folder on disk, and LoRAs that are merged into its transformer.
 
     Everything is read on demand; a missing or damaged file raises `ExportError` when it is asked
-    for.
+    for. What is read is the folder's alone: `lora_merge` has the merged weights.
     """
 
     path: Path
+    loras: tuple[Lora, ...] = ()
 
     @cached_property
     def index(self) -> dict[str, Any]:

@@ -96,11 +96,7 @@ def write_graph(model: Network, precision: Precision, files: tuple[WeightFile, .
         graph = ir.load(model.job.root / twin.folder / file)
         point_elsewhere(graph, model.tensors)
     path = f"{model.folder}/{file}"
-    component = _written(model.job, path, graph, model.signature, precision)
-    is_shared = all(file.is_linked for file in files)
-    component = msgspec.structs.replace(
-        component, weights=files, shared_bytes=component.shared_bytes if is_shared else 0
-    )
+    component = _written(model.job, path, graph, model.signature, precision, files=files)
     if isinstance(model, TextEncoder) and precision == F32:
         return _with_tokenizer(model, component)
     return component
@@ -153,20 +149,27 @@ def _updates(job: Job) -> Iterator[tuple[str, Component]]:
 
 
 def _written(
-    job: Job, path: str, graph: ir.Model, signature: Signature, precision: Precision = F32
+    job: Job,
+    path: str,
+    graph: ir.Model,
+    signature: Signature,
+    precision: Precision = F32,
+    *,
+    files: tuple[WeightFile, ...] = (),
 ) -> Component:
     for value in graph.graph.outputs:  # the optimiser may give a dimension torch's name for it
         value.shape = ir.Shape(signature.outputs[value.name or ""].shape)
     target = job.root / path
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
-    total, shared = count_bytes(graph)
+    total, shared = count_bytes(graph, files)
     return Component(
         path=path,
         inputs=signature.inputs,
         outputs=signature.outputs,
         precision=precision.dtype,
         opset=precision.opset,
+        weights=files,
         weight_bytes=total,
         shared_bytes=shared,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,9 @@ from meancache_trt.meancache.sigmas import SecondStage
 
 PIPELINE_FOLDER = "pipeline"
 """Where a bundle keeps what prompts are encoded with, in diffusers layout."""
+
+OVERLAY = "lora.safetensors"
+"""What holds the weights that LoRAs change, beside the checkpoint's own files."""
 
 WeightPlacement = Literal["link", "copy"]
 
@@ -44,6 +47,8 @@ class Job:
     `size` is the default, `further_sizes` are what the bundle also lists. Graphs with weights are
     made in each of `precisions`, F32 among them. `parity_bytes` is the memory that a comparison may
     take; None means what is free. `second_stage` is that of the family, with its guidance scale.
+    `overlays` has a safetensors file in `root` for each part of the checkpoint with weights that
+    its LoRAs change; it lies in the folder of the part's graph.
     """
 
     source: Checkpoint
@@ -57,6 +62,7 @@ class Job:
     further_sizes: tuple[Size, ...] = ()
     parity_bytes: int | None = None
     second_stage: SecondStage | None = None
+    overlays: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def transformers(self) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from meancache_trt.export.encoders import (
 )
 from meancache_trt.export.family import Signature, TextGraph
 from meancache_trt.export.job import PIPELINE_FOLDER, Job, Precision
-from meancache_trt.export.safetensors_file import StoredTensor
+from meancache_trt.export.lora_merge import merge_into
+from meancache_trt.export.safetensors_file import StoredTensor, read_tensors
 from meancache_trt.export.trace import build_network, cast_stored
 
 
@@ -78,8 +79,9 @@ class Network(ABC):
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """The weights by the names that the model has for them."""
-        return self.job.source.tensors(self.part)
+        """The weights by the names that the model has for them, as LoRAs left them."""
+        stored, overlay = self.job.source.tensors(self.part), self.job.overlays.get(self.part)
+        return stored if overlay is None else {**stored, **read_tensors(overlay)}
 
     @property
     def directory(self) -> Path:
@@ -102,8 +104,11 @@ class _DiffusersNetwork(Network):
 
     def load(self) -> nn.Module:
         kind = getattr(diffusers, self._class_name)
-        network: nn.Module = kind.from_pretrained(self.directory, local_files_only=True)
-        return network.float().eval().requires_grad_(False)
+        loaded: nn.Module = kind.from_pretrained(self.directory, local_files_only=True)
+        network = loaded.float().eval().requires_grad_(False)
+        if self.part in self.job.overlays:
+            merge_into(network, self.job.source, self.part)
+        return network
 
     @property
     @abstractmethod

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from meancache_trt.errors import ExportError, InputError
@@ -20,12 +22,14 @@ from meancache_trt.export.family import (
 )
 from meancache_trt.export.job import (
     F32,
+    OVERLAY,
     PIPELINE_FOLDER,
     PRECISIONS,
     Job,
     Precision,
     WeightPlacement,
 )
+from meancache_trt.export.lora import Lora
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import (
     Component,
@@ -58,6 +62,7 @@ def export_components(
     check_parity: bool = True,
     parity_bytes: int | None = None,
     guidance_scale_2: float | None = None,
+    loras: Sequence[Lora] = (),
     report: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Write a checkpoint's graphs, weights and prompt encoders into `directory`.
@@ -70,15 +75,17 @@ def export_components(
     parity is checked in, and in the further `precisions`: by default bfloat16 where the transformer
     is stored so. The export itself does not load the weights; the parity check does, in float32,
     of networks that fit in `parity_bytes` of memory, by default what is free; of others it takes
-    the first of each kind of block. `guidance_scale_2` is what a second transformer is guided by;
-    None means as the first.
+    the first of each kind of block. What `loras` add up to is merged into a file of the changed
+    weights alone, which the graphs point into in the place of the checkpoint's. `guidance_scale_2`
+    is what a second transformer is guided by; None means as the first.
     `report` gets a line at each stage.
 
-    Raises `InputError` for a size or a scale that the family cannot take, and `ExportError` for a
-    checkpoint that is incomplete, damaged or unsupported, a graph that fails its checks, or a
-    directory that cannot be written. What was written before an error stays in `directory`.
+    Raises `InputError` for a size or a scale that the family cannot take or a LoRA that does not
+    fit the checkpoint, and `ExportError` for a checkpoint that is incomplete, damaged or
+    unsupported, a graph that fails its checks, or a directory that cannot be written. What was
+    written before an error stays in `directory`.
     """
-    source, family, configs = _source(checkpoint)
+    source, family, configs = _source(checkpoint, loras)
     wanted = [PictureSize(height, width, frames), *further_sizes]
     size, *others = _checked_sizes(family, configs, wanted, text_tokens)
     job = Job(
@@ -95,6 +102,7 @@ def export_components(
         second_stage(family, configs, guidance_scale_2),
     )
     try:
+        job = _with_overlays(job)
         components = _write_graphs(job)
         encoders = _write_pipeline(job, components)
     except OSError as error:
@@ -140,8 +148,8 @@ def _checked_sizes(
     return list(found)
 
 
-def _source(checkpoint: Path) -> tuple[Checkpoint, Family, Configs]:
-    source = Checkpoint(resolve_checkpoint(str(checkpoint)))
+def _source(checkpoint: Path, loras: Sequence[Lora] = ()) -> tuple[Checkpoint, Family, Configs]:
+    source = Checkpoint(resolve_checkpoint(str(checkpoint)), tuple(loras))
     family = detect(source.path)
     configs = source.model_configs(family.text_components)
     _check_classes(family, configs)
@@ -180,6 +188,18 @@ def _check_classes(family: Family, configs: Configs) -> None:
                 f"{part}/config.json is of a {found}; expected {expected}, as the {family.name} "
                 "family has; use an unmodified checkpoint"
             )
+
+
+def _with_overlays(job: Job) -> Job:
+    """The job, with what its LoRAs change written out."""
+    if not job.source.loras:
+        return job
+    from meancache_trt.export.lora_merge import write_overlay  # noqa: PLC0415  imports torch
+
+    job.report(f"merging {', '.join(lora.path.name for lora in job.source.loras)}")
+    file = job.root / "transformer" / OVERLAY
+    write_overlay(job.source, "transformer", file, job.report)
+    return replace(job, overlays={"transformer": file})
 
 
 def _write_graphs(job: Job) -> dict[str, Component]:
@@ -256,12 +276,12 @@ def _exported(
 
 
 def identify(checkpoint: Checkpoint) -> Model:
-    """Identity of what a schedule is calibrated on: the transformers and their configurations.
+    """Identity of what a schedule is calibrated on: transformers, configurations and LoRAs.
 
-    Hashes the weights, unless they are known unchanged since they were last hashed. Raises
-    `ExportError` where a file is missing.
+    Hashes the files, unless they are known unchanged since they were last hashed. Raises
+    `ExportError` where a file is missing, `InputError` where a LoRA is.
     """
-    digest = hashlib.sha256()
+    digest, loras = hashlib.sha256(), tuple(lora.record() for lora in checkpoint.loras)
     try:
         for part in filter(checkpoint.has, TRANSFORMERS):
             digest.update((checkpoint.path / part / "config.json").read_bytes())
@@ -269,5 +289,8 @@ def identify(checkpoint: Checkpoint) -> Model:
                 digest.update(bytes.fromhex(verified_sha256(file)))
     except OSError as error:
         raise ExportError(f"{checkpoint.path} is incomplete: {error}; download it again") from error
+    for lora in loras:
+        digest.update(bytes.fromhex(lora.sha256) + struct.pack("<d", lora.scale))
     name, revision = identity(checkpoint.path)
-    return Model(name=name, revision=revision, digest=digest.hexdigest())
+    added = "".join(f" + {lora.describe()}" for lora in loras)
+    return Model(f"{name}{added}", revision, digest.hexdigest(), loras)

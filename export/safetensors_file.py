@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from numpy.typing import NDArray
 
 from meancache_trt.errors import ExportError
 
@@ -27,6 +30,8 @@ _DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+
+_CODES = {dtype: (code, width) for code, (dtype, width) in _DTYPES.items()}
 
 _LENGTH_BYTES = 8
 _LONGEST_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -121,3 +126,26 @@ def _truncated(file: Path, expected: int, found: int) -> str:
         f"{file} is truncated: expected {expected} bytes by its header, found {found}; "
         "download it again"
     )
+
+
+def stream_tensors(
+    file: Path,
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]],
+    contents: Iterable[NDArray[Any]],
+) -> None:
+    """Write tensors of these dtypes and shapes, with these contents, in the same order.
+
+    The safetensors library would hold them all in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in kinds.items():
+        code, width = _CODES[dtype]
+        begin, end = end, end + width * math.prod(shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)  # data begins aligned
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for content in contents:
+            stream.write(content.data)

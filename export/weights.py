@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx_ir as ir
@@ -94,11 +94,13 @@ def _load(tensor: StoredTensor) -> torch.Tensor:
     return typed.to(torch.float32, copy=True)
 
 
-def count_bytes(model: ir.Model) -> tuple[int, int]:
-    """Bytes of all initialisers, and of those that lie in the checkpoint's files."""
+def count_bytes(model: ir.Model, files: Iterable[WeightFile]) -> tuple[int, int]:
+    """Bytes of all initialisers, and of those that lie in linked ones of these files."""
+    linked = {PurePosixPath(file.path).name for file in files if file.is_linked}
     tensors = [value.const_value for value in model.graph.initializers.values()]
-    shared = sum(t.nbytes for t in tensors if isinstance(t, ir.ExternalTensor))
-    return sum(t.nbytes for t in tensors if t is not None), shared
+    external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+    shared = sum(tensor.nbytes for tensor in external if tensor.location in linked)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None), shared
 
 
 def place(source: Path, target: Path, placement: WeightPlacement) -> bool:
@@ -129,11 +131,15 @@ def _linked(link: Callable[[Path, Path], None], source: Path, target: Path) -> b
 
 
 def place_part(job: Job, part: str, folder: str) -> tuple[WeightFile, ...]:
-    """Put the weights of one of the checkpoint's parts into a folder of the export."""
+    """Put the weights of one of the checkpoint's parts into a folder of the export.
+
+    The overlay of LoRAs, if any, is there already.
+    """
     files = place_weights(job.source.weight_files(part), job.root, folder, job.placement)
     if job.placement == "link" and not all(file.is_linked for file in files):
         job.report(f"{part}: weights copied, since they cannot be linked to here")
-    return files
+    overlay = job.overlays.get(part)
+    return files if overlay is None else (*files, _weight_file(overlay, job.root))
 
 
 def place_weights(
@@ -144,12 +150,15 @@ def place_weights(
     for source in sources:
         target = root / folder / source.name
         is_linked = place(source, target, placement)
-        files.append(
-            WeightFile(
-                path=target.relative_to(root).as_posix(),
-                size_bytes=target.stat().st_size,
-                sha256=verified_sha256(source) if is_linked else sha256_of(target),
-                is_linked=is_linked,
-            )
-        )
+        files.append(_weight_file(target, root, source if is_linked else None))
     return tuple(files)
+
+
+def _weight_file(target: Path, root: Path, source: Path | None = None) -> WeightFile:
+    """The record of a file, which is linked to `source` if that is given."""
+    return WeightFile(
+        path=target.relative_to(root).as_posix(),
+        size_bytes=target.stat().st_size,
+        sha256=sha256_of(target) if source is None else verified_sha256(source),
+        is_linked=source is not None,
+    )

@@ -180,11 +180,24 @@ void check_range(const Json& json) {
   object.close();
 }
 
+void check_lora(const Json& json) {
+  JsonObject object(json);
+  object.required("name").text();
+  object.required("sha256").text();
+  object.required("scale").number();
+  object.close();
+}
+
 void read_model(const Json& json, Exported& exported) {
   JsonObject object(json);
   exported.model_name = object.required("name").text();
   maybe(object.required_nullable("revision"), to_text);
   exported.model_digest = object.required("digest").text();
+  if (const auto loras = object.optional("loras")) {
+    for (const Json& lora : loras->array()) {  // the name and the digest have them
+      check_lora(lora);
+    }
+  }
   object.close();
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -31,6 +31,7 @@ _PATTERN_DARKNESS = 0.62
 _MAX_TILT_RADIANS = 0.2
 
 Distance = Callable[[Tensor, Tensor], Tensor]
+Colours = Mapping[str, tuple[float, float, float]]
 
 
 def attribute_indices(scenes: Sequence[Scene]) -> Tensor:
@@ -53,12 +54,12 @@ class Placement:
     slope: Tensor
 
 
-def draw(attributes: Tensor, generator: torch.Generator) -> Tensor:
+def draw(attributes: Tensor, generator: torch.Generator, colours: Colours = COLOUR_RGB) -> Tensor:
     """Pictures `(B, 3, 64, 64)` in [-1, 1] of scenes given as indices `(B, 6)`.
 
     Position, tilt, radius and shading vary with the generator.
     """
-    return paint(attributes, place(attributes, generator))
+    return paint(attributes, place(attributes, generator), colours=colours)
 
 
 def place(attributes: Tensor, generator: torch.Generator) -> Placement:
@@ -75,7 +76,12 @@ def place(attributes: Tensor, generator: torch.Generator) -> Placement:
     )
 
 
-def paint(attributes: Tensor, placement: Placement, side: int = IMAGE_SIZE) -> Tensor:
+def paint(
+    attributes: Tensor,
+    placement: Placement,
+    side: int = IMAGE_SIZE,
+    colours: Colours = COLOUR_RGB,
+) -> Tensor:
     """Pictures `(B, 3, side, side)` in [-1, 1] of placed scenes; edges are as soft at any side."""
     _, pattern, colour, shape, _, background = attributes.unbind(1)
     radius = placement.radius
@@ -85,13 +91,13 @@ def paint(attributes: Tensor, placement: Placement, side: int = IMAGE_SIZE) -> T
     inside = torch.sigmoid(-softness * radius * _distance(shape, x / radius, y / radius))
     texture = _texture(pattern, x, y)
     shade = (1 - 0.18 * (0.7 * dy + 0.4 * dx) / radius).clamp(0.7, 1.2)
-    paint = _rgb(COLOUR_RGB)[colour].view(-1, 3, 1, 1) * (shade * texture).unsqueeze(1)
+    paint = _rgb(colours)[colour].view(-1, 3, 1, 1) * (shade * texture).unsqueeze(1)
     backdrop = _backdrop(background, dx, dy, placement)
     picture = torch.lerp(backdrop, paint, inside.unsqueeze(1))
     return picture.clamp(0, 1) * 2 - 1
 
 
-def _rgb(table: dict[str, tuple[float, float, float]]) -> Tensor:
+def _rgb(table: Colours) -> Tensor:
     return torch.tensor(list(table.values()))
 
 

@@ -22,6 +22,7 @@ from meancache_trt.engine_field import engine_field
 from meancache_trt.errors import InputError
 from meancache_trt.export.checkpoint import Checkpoint, resolve_checkpoint
 from meancache_trt.export.job import PIPELINE_FOLDER
+from meancache_trt.export.lora import Lora
 from meancache_trt.export.pipeline import export_components, identify, resolutions_of
 from meancache_trt.export.registry import detect
 from meancache_trt.manifest import Exported, Model, component_name
@@ -77,14 +78,24 @@ class ExportOptions:
         return (PictureSize(*self.size, self.frames), *self.further_sizes)
 
 
-def find_model(model: str) -> Checkpoint:
+def find_model(model: str, loras: Sequence[str] = ()) -> Checkpoint:
     """The checkpoint that a user means: a diffusers folder, a hub id, or `standin/NAME`.
 
-    Raises `ExportError` where there is none.
+    `loras` are merged into it, in order: each FILE or FILE:SCALE, or `standin/NAME` likewise.
+
+    Raises `ExportError` where there is no such checkpoint, `InputError` where a LoRA is none.
     """
+    found = tuple(map(_find_lora, loras))
     if model.startswith(STANDIN) and not Path(model).exists():
-        return Checkpoint(standins.path(model.removeprefix(STANDIN)))
-    return Checkpoint(resolve_checkpoint(model))
+        return Checkpoint(standins.path(model.removeprefix(STANDIN)), found)
+    return Checkpoint(resolve_checkpoint(model), found)
+
+
+def _find_lora(text: str) -> Lora:
+    if not text.startswith(STANDIN) or Path(text).exists():
+        return Lora.parse(text)
+    name, colon, scale = text.removeprefix(STANDIN).partition(":")
+    return Lora.parse(f"{standins.lora_path(name)}{colon}{scale}")
 
 
 def picture_size(checkpoint: Checkpoint, height: int | None, width: int | None) -> tuple[int, int]:
@@ -126,6 +137,7 @@ def export(
             check_parity=options.is_parity_checked,
             parity_bytes=options.parity_bytes,
             guidance_scale_2=options.guidance_scale_2,
+            loras=checkpoint.loras,
             report=lambda stage: note(f"export: {stage}"),
         )
 

@@ -48,8 +48,8 @@ class EngineTransformer:
     computes in the graph's precision: inputs are cast to it, the result to the dtype of
     `hidden_states`. What is contiguous and of the right dtype already is not copied on its way in,
     and nothing is on its way out. There are no gradients. What acts inside the network is refused
-    (a LoRA scale, ControlNet samples, IP-Adapter embeddings); the weights are the checkpoint's,
-    also where LoRA had been loaded into the transformer that this replaces.
+    (a LoRA scale, ControlNet samples, IP-Adapter embeddings); the weights are the bundle's, with
+    the LoRAs that were merged into it and no other that the transformer had that this replaces.
 
     Args:
         bundle: opened.

@@ -222,15 +222,29 @@ class ParityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blocks: tuple[str, ...] = ()
 
 
+class LoraRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A LoRA that was merged: its file's name and SHA-256, and its scale."""
+
+    name: str
+    sha256: str
+    scale: float
+
+    def describe(self) -> str:
+        """As it was given: the file's name, and the scale where it is not 1."""
+        return self.name if self.scale == 1 else f"{self.name}:{self.scale:g}"
+
+
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which checkpoint: folder name or hub id, hub revision, and what schedules are made for.
 
-    `digest` is the SHA-256 over the transformer's config.json and its weight files' digests.
+    `digest` is the SHA-256 over the transformer's config.json, its weight files' digests, and
+    digest and scale of each of the `loras` that were merged. `name` has their names too.
     """
 
     name: str
     revision: str | None
     digest: str
+    loras: tuple[LoraRecord, ...] = ()
 
 
 class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -170,13 +170,16 @@ class Recorder:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The diffusers pipeline itself."""
+        """The diffusers pipeline itself, with the checkpoint's LoRAs merged."""
         from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)
             load_pipeline,
         )
+        from meancache_trt.export.lora_merge import merge_into  # noqa: PLC0415  (imports torch)
 
         check_libraries(self._checkpoint)
-        return load_pipeline(self._checkpoint.path)
+        pipeline = load_pipeline(self._checkpoint.path)
+        merge_into(pipeline.transformer, self._checkpoint, "transformer")
+        return pipeline
 
     @cached_property
     def _text_tokens(self) -> int:

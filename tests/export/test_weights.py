@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -22,6 +23,7 @@ from meancache_trt.export.weights import (
     place_weights,
     reference_weights,
 )
+from meancache_trt.manifest import WeightFile
 
 
 @pytest.fixture
@@ -151,7 +153,9 @@ def test_weights_take_the_checkpoints_names_and_are_never_read(tmp_path: Path) -
     assert [value.name for value in graph.input] == ["x"]
     operations = sorted(node.op_type for node in graph.node)
     assert operations == ["Add", "Add", "Cast", "Transpose", "Transpose"]
-    assert count_bytes(model) == (24, 24)
+    file = WeightFile(f"transformer/{nowhere.name}", 96, "0" * 64, is_linked=True)
+    assert count_bytes(model, [file]) == (24, 24)
+    assert count_bytes(model, [msgspec.structs.replace(file, is_linked=False)]) == (24, 0)
 
 
 def test_parameter_that_the_checkpoint_does_not_store_is_refused() -> None:

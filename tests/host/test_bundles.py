@@ -7,13 +7,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from scripts.host.mutations import copied, mutate, sealed
 
 from meancache_trt.bundle import Bundle
 from meancache_trt.engine.native import NativeBundle, NativeLibrary
 from meancache_trt.errors import BundleError, MeanCacheError
+from meancache_trt.manifest import LoraRecord
 from meancache_trt.meancache import hashing
+from meancache_trt.meancache.files import encode_json
 from tests.host.conftest import Subject
 
 Edit = Callable[[Path], object]
@@ -57,6 +60,9 @@ DAMAGES: dict[str, Edit] = {
     "an unknown role": lambda path: edit_manifest(path, '"role": "noise"', '"role": "hiss"'),
     "an unknown rule of mu": lambda path: edit_manifest(path, '"mu": "line"', '"mu": "curve"'),
     "a foreign schema": lambda path: edit_manifest(path, "bundle/1", "bundle/2"),
+    "a LoRA's scale is a text": lambda path: edit_manifest(
+        path, '"loras": []', '"loras": [{"name": "a", "sha256": "b", "scale": "c"}]'
+    ),
     "no resolutions": lambda path: edit_manifest(
         path, '"resolutions": [', '"resolutions": [], "before": ['
     ),
@@ -77,6 +83,20 @@ def test_damaged_bundles_are_refused_in_the_same_words(
     with pytest.raises(BundleError) as found:
         NativeBundle(bundle, library=library)
     assert str(found.value) == str(expected.value)
+
+
+def test_a_bundle_with_a_lora_opens(bundle: Path, library: NativeLibrary) -> None:
+    manifest = Bundle.open(bundle).manifest
+    model = msgspec.structs.replace(
+        manifest.export.model, name="a + b", loras=(LoraRecord("b.safetensors", "0" * 64, 0.5),)
+    )
+    export = msgspec.structs.replace(manifest.export, model=model)
+    changed = msgspec.structs.replace(manifest, export=export).sealed()
+    replace(bundle / "manifest.json", encode_json(changed))
+    assert Bundle.open(bundle).export.model == model
+    opened = NativeBundle(bundle, library=library)
+    assert opened.info["model_name"] == "a + b"
+    opened.close()
 
 
 def test_missing_directories_are_refused_in_the_same_words(

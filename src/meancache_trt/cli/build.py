@@ -32,6 +32,7 @@ _output = click.option(
 
 @click.command()
 @options.model
+@options.loras
 @_output
 @sizes.options
 @options.batch
@@ -45,6 +46,7 @@ _output = click.option(
 @options.as_json
 def build(
     model: str,
+    loras: tuple[str, ...],
     output: Path,
     sizes: Sizes,
     batch: Range | None,
@@ -71,7 +73,7 @@ def build(
     reasons: list[str] = []
     targets = find_targets(backend, planning, note=reasons.append)
     hush_libraries()
-    checkpoint = stages.find_model(model)
+    checkpoint = stages.find_model(model, loras)
     asked = sizes.of(checkpoint, None if force else output)
     recording = calibrating.recording(checkpoint, asked[0], text_tokens, wanted)
     exported = exporting.of(asked, batch, text_tokens)
@@ -99,6 +101,7 @@ def build(
 
 @click.command()
 @options.model
+@options.loras
 @_output
 @sizes.options
 @options.batch
@@ -108,6 +111,7 @@ def build(
 @options.as_json
 def export(
     model: str,
+    loras: tuple[str, ...],
     output: Path,
     sizes: Sizes,
     batch: Range | None,
@@ -122,7 +126,7 @@ def export(
     serve them all and stay as they are.
     """
     hush_libraries()
-    checkpoint = stages.find_model(model)
+    checkpoint = stages.find_model(model, loras)
     exported = exporting.of(sizes.of(checkpoint, None if force else output), batch, text_tokens)
     bundle = stages.export(checkpoint, output, exported, note=note, is_forced=force)
     inspect_bundle(bundle, as_json=as_json)

@@ -26,6 +26,7 @@ from meancache_trt.record import Recorder
 
 @click.command()
 @options.model
+@options.loras
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory to record in."
 )
@@ -43,6 +44,7 @@ from meancache_trt.record import Recorder
 @options.as_json
 def calibrate(
     model: str,
+    loras: tuple[str, ...],
     output: Path,
     sizes: Sizes,
     text_tokens: int | None,
@@ -65,7 +67,7 @@ def calibrate(
         raise click.UsageError("--backend and --threads are those of --bundle's engine; give it")
     wanted = calibrating.wanted(())
     hush_libraries()
-    checkpoint = stages.find_model(model)
+    checkpoint = stages.find_model(model, loras)
     (size,) = sizes.of(checkpoint)
     engine = None if bundle is None else _engine(bundle, checkpoint)
     if engine is not None:
@@ -94,10 +96,11 @@ def calibrate(
 def _engine(path: Path, checkpoint: Checkpoint) -> Bundle:
     """The bundle; an error before anything is recorded where it is of another checkpoint."""
     bundle = Bundle.open(path)
-    if bundle.export.model.digest != identify(checkpoint).digest:
+    model = identify(checkpoint)
+    if bundle.export.model.digest != model.digest:
         raise InputError(
-            f"{path} is a bundle of {bundle.export.model.name}, found {checkpoint.path} to "
-            "calibrate; give its own checkpoint, or leave --bundle out"
+            f"{path} is a bundle of {bundle.export.model.name}, found {model.name} to calibrate; "
+            "give its own checkpoint and LoRAs, or leave --bundle out"
         )
     return bundle
 

@@ -85,6 +85,8 @@ def inspect_bundle(bundle: Bundle, plans: Sequence[ListedPlan] = (), *, as_json:
     click.echo(f"bundle      {bundle.directory}  ({bundle.manifest.bundle_id[:16]})")
     click.echo(f"family      {export.family}")
     click.echo(f"checkpoint  {export.model.name}  ({export.model.digest[:16]})")
+    for lora in export.model.loras:
+        click.echo(f"lora        {lora.name}  scale {lora.scale:g}  ({lora.sha256[:16]})")
     click.echo(f"resolutions {', '.join(map(str, export.sizes))}")
     click.echo(f"ranges      {_ranges(export.ranges)}")
     click.echo(f"guidance    {export.guidance.rule}, default {export.guidance.default_scale}")

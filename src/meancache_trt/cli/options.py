@@ -139,6 +139,14 @@ guidance_scale_2 = click.option(
 )
 force = click.option("--force", is_flag=True, help="Redo what is already there.")
 model = click.argument("model")
+loras = click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="A LoRA to merge into the transformer, in diffusers' or Kohya's names; given several "
+    "times, they add up.",
+)
 bundle = click.argument("bundle", type=click.Path(path_type=Path))
 
 

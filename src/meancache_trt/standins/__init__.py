@@ -8,7 +8,15 @@ from meancache_trt.errors import InputError
 from meancache_trt.standins import captions, video_captions
 from meancache_trt.standins.captions import Split
 
-__all__ = ["DEMO_PROMPTS", "DEMO_VIDEO_PROMPTS", "Split", "names", "path", "prompts"]
+__all__ = [
+    "DEMO_PROMPTS",
+    "DEMO_VIDEO_PROMPTS",
+    "Split",
+    "lora_path",
+    "names",
+    "path",
+    "prompts",
+]
 
 DEMO_PROMPTS = (
     "large striped yellow star center navy",
@@ -41,6 +49,15 @@ def path(name: str = "flux") -> Path:
     if not (folder / "model_index.json").is_file():
         raise InputError(f"expected the name of a stand-in, one of {names()}; found {name!r}")
     return folder
+
+
+def lora_path(name: str) -> Path:
+    """The packaged LoRA of a stand-in, such as flux_magenta. Raises `InputError` for no such."""
+    folder = Path(__file__).parent / "loras"
+    known = sorted(file.stem for file in folder.glob("*.safetensors"))
+    if name not in known:
+        raise InputError(f"expected the name of a stand-in's LoRA, one of {known}; found {name!r}")
+    return folder / f"{name}.safetensors"
 
 
 def names() -> list[str]:
