@@ -27,6 +27,7 @@ from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.lora import Lora
 from meancache_trt.export.safetensors_file import StoredTensor, read_tensors, stream_tensors
 from meancache_trt.export.weights import load_tensors
+from meancache_trt.meancache.schedule import TRANSFORMERS
 
 _TENSOR = re.compile(
     r"(?P<layer>.+?)\.(?:(?:lora[._])?(?:(?P<down>A|down)|(?P<up>B|up))"
@@ -107,6 +108,11 @@ def _dtype(tensor: StoredTensor) -> str:
 
 def _changes(checkpoint: Checkpoint, part: str, report: Report) -> dict[str, list[Change]]:
     """What is added to each weight, by its name, sorted."""
+    if checkpoint.loras and checkpoint.has(TRANSFORMERS[1]):
+        raise InputError(
+            f"expected a model of one transformer, found two in {checkpoint.path.name}, which take "
+            "a LoRA each; merge them by diffusers' fuse_lora, save the pipeline and export that"
+        )
     found: dict[str, list[Change]] = defaultdict(list)
     for lora in checkpoint.loras:
         for name, change in _changes_of(lora, checkpoint, part, report).items():

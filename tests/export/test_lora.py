@@ -46,6 +46,8 @@ MODULES = {
     "hunyuan_video": ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out"),
     "z_image": ("layers.0.attention.to_q", "layers.1.feed_forward.w2"),
     "sd3": ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.2"),
+    "wan": ("blocks.0.attn1.to_q", "blocks.1.ffn.net.2"),
+    "flux2": ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.attn.to_out"),
 }
 SCALE = 0.7
 
@@ -96,7 +98,7 @@ def assert_equal(found: Tensors, family: str, expected: Tensors) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", MODULES)
 def test_weights_are_those_that_diffusers_fuses(
     family: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

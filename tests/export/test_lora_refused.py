@@ -11,6 +11,7 @@ from meancache_trt.errors import ExportError, InputError
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.export.lora import Lora
 from meancache_trt.export.lora_merge import merge
+from tests.export import tiny_wan
 from tests.export.families import TINY
 from tests.export.lora_files import (
     Tensors,
@@ -145,3 +146,12 @@ def test_a_file_that_is_no_safetensors_is_refused(flux_folder: Path, tmp_path: P
     file.write_bytes(b"PK\x03\x04 a pickle of torch.save" * 9)
     with pytest.raises(ExportError, match=r"a\.safetensors is not a safetensors file"):
         merge_all(flux_folder, Lora(file))
+
+
+def test_a_lora_for_a_model_of_two_transformers_is_refused(tmp_path: Path) -> None:
+    pipeline = tiny_wan.tiny_a14b()
+    pipeline.save_pretrained(tmp_path / "a14b")
+    layers = pairs(pipeline.transformer, ["blocks.0.attn1.to_q"])
+    lora = Lora(write(tmp_path / "a.safetensors", diffusers_names(layers)))
+    with pytest.raises(InputError, match="expected a model of one transformer, found two in a14b"):
+        merge_all(tmp_path / "a14b", lora)
