@@ -64,7 +64,7 @@ def merge(
     """The weights of a part that the checkpoint's LoRAs change, by name.
 
     LoRAs are added up in float32, in order. What is stored in bfloat16 is rounded to that, once;
-    all else stays float32. One tensor is in memory at a time. All LoRAs are checked before.
+    all else stays float32. One weight is in memory at a time. All LoRAs are checked before.
 
     Raises `InputError` for a LoRA that is not of this model, changes nothing, or is of a kind that
     cannot be merged, and `ExportError` for files that are no safetensors.
