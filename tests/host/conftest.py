@@ -23,9 +23,13 @@ from meancache_trt.engine.native import NativeLibrary
 from meancache_trt.meancache.schedule import bake
 from meancache_trt.render import Pipeline
 from tests.conftest import OFFICIAL, STEPS
-from tests.export.families import TINY
+from tests.export import tiny_flux2, tiny_wan, tiny_z_image
 
-WITHOUT_STANDIN = ("z_image", "wan", "flux2")
+WITHOUT_STANDIN = {
+    "z_image": tiny_z_image.tiny_pipeline,
+    "wan": tiny_wan.tiny_a14b,
+    "flux2": tiny_flux2.tiny_pipeline,
+}
 PROMPT, NEGATIVE = "a small red circle at the top left", "a blue square"
 
 
@@ -97,7 +101,7 @@ def subject(
     request: pytest.FixtureRequest, shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Subject:
     """Each of the three stand-ins: an image, true CFG, and a video; and without a stand-in tables
-    of each sample, a video with true CFG on UniPC's grid, and another mu.
+    of each sample, a video by two transformers with true CFG on UniPC's grid, and another mu.
     """
     if request.param == "flux":
         return _subject(shared_bundle)
@@ -127,7 +131,7 @@ def _model(name: str, folder: Path) -> str:
     """The stand-in, or of a family that has none a tiny random pipeline."""
     if name not in WITHOUT_STANDIN:
         return f"standin/{name}"
-    TINY[name]().save_pretrained(folder)
+    WITHOUT_STANDIN[name]().save_pretrained(folder)
     return str(folder)
 
 
