@@ -28,7 +28,8 @@ from meancache_trt.meancache.euler_scheduler import (
     stock_grid,
 )
 from meancache_trt.meancache.schedule import Schedule, load_schedule
-from meancache_trt.meancache.sigmas import SigmaGrid, TimeShift
+from meancache_trt.meancache.shifts import TimeShift
+from meancache_trt.meancache.sigmas import SigmaGrid
 from meancache_trt.meancache.strength import begin_at, first_step
 
 _UNSUPPORTED = ("stochastic_sampling", "invert_sigmas")

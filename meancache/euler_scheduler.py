@@ -15,10 +15,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.configuration_utils import register_to_config
 
 from meancache_trt.errors import ScheduleError
+from meancache_trt.meancache.shifts import TimeShift
 from meancache_trt.meancache.sigmas import (
     Convention,
     SigmaGrid,
-    TimeShift,
     check_flow_sigmas,
     make_grid,
     pipeline_sigmas,

@@ -17,21 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meancache_trt.errors import ScheduleError
+from meancache_trt.meancache.shifts import (
+    TimeShift,
+    check_shifts,
+    counted,
+    exact_timesteps,
+    shifted,
+    whole_timesteps,
+)
 
 Convention = Literal["linspace", "linspace_to_zero", "count", "flow_sigmas", "custom"]
-TimeShift = Literal["exponential", "linear"]
 MuRule = Literal["line", "empirical"]
 
 SIGMA_TOLERANCE = 1e-6
 """Grids closer than this at every step are the same grid (float32 resolves 6e-8 at sigma 1)."""
 
-LARGEST_MU = 80.0
-"""exp(mu) stays a float32 below this; published models have mu below 2."""
-
 FLOW_SIGMAS_SCHEDULER = "UniPCMultistepScheduler"
 """Whose `use_flow_sigmas` means the convention "flow_sigmas"."""
-
-_BELOW_ONE = 1e-6  # UniPCMultistepScheduler.set_timesteps, because λ has to be finite
 
 _UNSUPPORTED = (
     "invert_sigmas",
@@ -215,30 +217,21 @@ def make_grid(
         raise ScheduleError(f"a grid has at least one step, found {steps}; give --steps 1 or more")
     if image_tokens is not None:
         mu = empirical_mu(image_tokens, steps)
-    _check_shifts(shift, mu, time_shift_type, shift_terminal)
+    check_shifts(shift, mu, time_shift_type, shift_terminal)
     if (convention == "custom") != (sigmas is not None):
         raise ScheduleError('pass `sigmas` with convention="custom", and only with it')
     if sigmas is not None:
         check_sigmas([*sigmas, 0.0], steps)
     if convention == "count":
-        training_shift = shift if mu is None else 1.0
-        raw = _counted(steps, training_shift, sigma_min, num_train_timesteps)
+        raw = counted(steps, shift if mu is None else 1.0, sigma_min, num_train_timesteps)
     elif convention == "flow_sigmas":
         raw = np.linspace(1, 1 / num_train_timesteps, steps + 1)[:-1]
     else:
         given = pipeline_sigmas(convention, steps) if sigmas is None else np.array(sigmas)
         raw = given.astype(np.float32)
-    shifted = (
-        raw * shift / (1 + (shift - 1) * raw) if mu is None else _shift(raw, mu, time_shift_type)
-    )
-    if shift_terminal:
-        shifted = _stretch(shifted, shift_terminal)
-    if convention == "flow_sigmas":
-        shifted[0] -= _BELOW_ONE if abs(shifted[0] - 1) < _BELOW_ONE else 0
-        timesteps = np.trunc(shifted * num_train_timesteps).astype(np.float32)
-    else:
-        timesteps = shifted.astype(np.float32) * np.float32(num_train_timesteps)
-    values = shifted.astype(np.float32)
+    made = shifted(raw, shift, mu, time_shift_type, shift_terminal)
+    scale = whole_timesteps if convention == "flow_sigmas" else exact_timesteps
+    values, timesteps = scale(made, num_train_timesteps)
     return SigmaGrid(
         steps=steps,
         sigmas=(*values.tolist(), 0.0),
@@ -361,55 +354,3 @@ def empirical_mu(image_tokens: int, steps: int) -> float:
     at_10 = 8.73809524e-05 * image_tokens + 1.89833333
     slope = (at_200 - at_10) / 190.0
     return slope * steps + (at_200 - 200.0 * slope)
-
-
-def _counted(
-    steps: int, training_shift: float, sigma_min: float | None, num_train_timesteps: int
-) -> NDArray[np.floating]:
-    """Evenly spaced sigmas over the training grid, which diffusers shifts at construction too."""
-    low, high = _training_range(training_shift, num_train_timesteps)
-    low = low if sigma_min is None else sigma_min
-    ends = high * num_train_timesteps, low * num_train_timesteps
-    return np.linspace(*ends, steps) / num_train_timesteps
-
-
-def _training_range(shift: float, num_train_timesteps: int) -> tuple[float, float]:
-    """Lowest and highest sigma of the shifted training grid, in float32."""
-    ends = np.array([1, num_train_timesteps], np.float32) / np.float32(num_train_timesteps)
-    ends = shift * ends / (1 + (shift - 1) * ends)
-    return float(ends[0]), float(ends[1])
-
-
-def _shift(sigmas: NDArray[np.floating], mu: float, form: TimeShift) -> NDArray[np.floating]:
-    scale = math.exp(mu) if form == "exponential" else mu
-    with np.errstate(divide="ignore"):  # sigma 0 goes through infinity and stays 0
-        shifted: NDArray[np.floating] = scale / (scale + (1 / sigmas - 1) ** 1.0)
-    return shifted
-
-
-def _stretch(sigmas: NDArray[np.floating], terminal: float) -> NDArray[np.floating]:
-    """Stretch the grid, with sigma 1 fixed, so that its last sigma is `terminal`."""
-    remaining = 1 - sigmas
-    if remaining[-1] <= 0:
-        raise ScheduleError(
-            f"shift_terminal moves the last step to sigma {terminal}, found a grid whose last step "
-            "is at sigma 1; use two steps or more"
-        )
-    stretched: NDArray[np.floating] = 1 - remaining / (remaining[-1] / (1 - terminal))
-    return stretched
-
-
-def _check_shifts(
-    shift: float, mu: float | None, form: TimeShift, shift_terminal: float | None
-) -> None:
-    positive = shift if mu is None else mu if form == "linear" else 1.0
-    if not 0 < positive < math.inf:
-        raise ScheduleError(f"a shift is positive and finite, found {positive}; 1 leaves the grid")
-    if mu is not None and not abs(mu) <= LARGEST_MU:
-        raise ScheduleError(
-            f"mu is at most {LARGEST_MU} either way, found {mu}; FLUX uses 0.5 to 1.15"
-        )
-    if shift_terminal and not 0 < shift_terminal < 1:
-        raise ScheduleError(
-            f"shift_terminal is a sigma between 0 and 1, found {shift_terminal}; Qwen-Image has .02"
-        )

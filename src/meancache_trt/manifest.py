@@ -39,11 +39,6 @@ GuidanceRule = Literal[
     "classifier_free_from_conditional",
     "none",
 ]
-_CLASSIFIER_FREE = (
-    "classifier_free",
-    "classifier_free_rescaled",
-    "classifier_free_from_conditional",
-)
 GridRule = Literal["linspace", "linspace_to_zero", "count"]
 
 
@@ -254,19 +249,19 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     "update/h64", and text encoders by their diffusers names where the family has graphs of them.
     Where they were asked for there are graphs with weights in other precisions too, such as
     "transformer/bfloat16", with the same inputs and outputs. Paths are relative to the bundle.
-    `timestep_scale` is applied in float64
-    and the product rounded to float32. `grid` says what the pipeline hands its scheduler:
-    "linspace" sigmas linspace(1, 1/T, T), "linspace_to_zero" linspace(1, 0, T + 1) without the
-    0, or "count" T alone. `encoder_weights` are the text encoders' files under pipeline/.
-    `frames_per_second` is what a video model was trained at. `tiling` is how the VAE decoder is
-    run in tiles; null where it is always run on the whole latent. `resolutions` share the graphs;
-    the first is the default. `batch` is for those who prepare plans: the sizes of a session that
-    are meant, not a limit, since ONNX Runtime has none. `text_buckets` are the lengths to which
-    hosts may cut conditioning and mask, ascending, the last of them `text_tokens`; empty where
-    nothing is ever cut, as in families without a text mask. `mu` says how a dynamic shift follows
-    from the size: on a "line" through two points of the scheduler's configuration, or "empirical",
-    as FLUX.2 has it, from T too. With a `second_stage` there is a
-    "transformer_2", in the precisions, with the inputs and with the outputs of "transformer".
+    `timestep_scale` is applied in float64 and the product rounded to float32. `grid` says what the
+    pipeline hands its scheduler: "linspace" sigmas linspace(1, 1/T, T), "linspace_to_zero"
+    linspace(1, 0, T + 1) without the 0, or "count" T alone. `encoder_weights` are the text
+    encoders' files under pipeline/. `frames_per_second` is what a video model was trained at.
+    `tiling` is how the VAE decoder is run in tiles; null where it is always run on the whole
+    latent. `resolutions` share the graphs; the first is the default. `batch` is for those who
+    prepare plans: the sizes of a session that are meant, not a limit, since ONNX Runtime has none.
+    `text_buckets` are the lengths to which hosts may cut conditioning and mask, ascending, the last
+    of them `text_tokens`; empty where nothing is ever cut, as in families without a text mask. `mu`
+    says how a dynamic shift follows from the size: on a "line" through two points of the
+    scheduler's configuration, or "empirical", as FLUX.2 has it, from T too. With a `second_stage`
+    there is a "transformer_2", in the precisions, with the inputs and with the outputs of
+    "transformer".
     """
 
     family: str
@@ -382,7 +377,7 @@ def component_name(part: str, precision: str) -> str:
 
 def is_classifier_free(rule: GuidanceRule) -> bool:
     """Whether a guidance rule has the network called on each sample with two prompts."""
-    return rule in _CLASSIFIER_FREE
+    return rule.startswith("classifier_free")
 
 
 def batch_symbols(batch: int) -> dict[str, int]:
