@@ -41,7 +41,7 @@ from meancache_trt.export.parity_inputs import (
     text_cases,
     with_prepared,
 )
-from meancache_trt.export.weights import load_tensors
+from meancache_trt.export.streaming import stream_weights
 from meancache_trt.manifest import ParityRecord
 from meancache_trt.tiling import decode_tiled, levels
 
@@ -239,8 +239,7 @@ def _oracle(model: Network) -> tuple[nn.Module, tuple[str, ...]]:
     if _fits(model):
         return model.load(), ()
     network, blocks = model.sample()
-    weights = load_tensors({name: model.tensors[name] for name in network.state_dict()})
-    network.load_state_dict(weights, assign=True)
+    stream_weights(network, model.tensors)
     return network, blocks
 
 
