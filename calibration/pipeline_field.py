@@ -31,7 +31,7 @@ Decode = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SingleStepScheduler(EulerScheduler):
-    """The stock scheduler's grid, of which one step is evaluated; the latent stays where it is."""
+    """The pipeline's grid, of which one step is evaluated; the latent stays where it is."""
 
     timesteps: torch.Tensor
     sigmas: torch.Tensor

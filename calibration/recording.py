@@ -46,10 +46,10 @@ class StepSink(Protocol):
 
 
 class RecordingScheduler(EulerScheduler):
-    """The stock flow-matching Euler scheduler, which also reports each step to a sink.
+    """The flow-matching Euler scheduler, which also reports each step to a sink.
 
-    The latents are the stock scheduler's, bit for bit. A configuration holds no sink: after
-    `from_pretrained`, use `around` to record.
+    The latents are the stock Euler scheduler's, bit for bit; UniPC's grid is followed by Euler. A
+    configuration holds no sink: after `from_pretrained`, use `around` to record.
     """
 
     _sink: StepSink | None = None

@@ -155,6 +155,7 @@ class OnnxRuntime:
         if not self._is_frugal:
             return {}
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False  # which keeps what it has had, and copies weights
         return {"disabled_optimizers": ["ConstantFolding"]}  # it would cast the weights
 
     def zeros(self, shape: Sequence[int], dtype: str) -> HostTensor:

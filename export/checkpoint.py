@@ -140,15 +140,18 @@ def check_tensors(
             )
 
 
-def check_libraries(source: Checkpoint) -> None:
+def check_libraries(source: Checkpoint, parts: Collection[str] | None = None) -> None:
     """Raise `RuntimeUnavailableError` where a class of transformers lacks what it needs to run.
 
-    A stand-in then has its name, which diffusers takes for a damaged checkpoint.
+    `parts` are those to look at, by default all. A stand-in then has the class's name, which
+    diffusers takes for a damaged checkpoint.
     """
     import transformers  # noqa: PLC0415  needed where a pipeline is loaded, and nowhere else
 
     for part, kind in source.index.items():
         if not isinstance(kind, list) or kind[0] != "transformers":
+            continue
+        if parts is not None and part not in parts:
             continue
         try:
             getattr(getattr(transformers, kind[1], None), "from_pretrained", None)

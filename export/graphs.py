@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -47,7 +47,7 @@ _TRACE_LATENT_FRAMES = 3
 def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
     """Write every graph of a job, with the weights beside it; name and record of each.
 
-    All weights are checked before anything is written.
+    All weights are checked before any graph is written.
     """
     networks = transformers(job)
     models = (*networks, vae_decoder(job), *text_encoders(job))
@@ -70,9 +70,9 @@ def write_graphs(job: Job) -> Iterator[tuple[str, Component]]:
             yield name, write_graph(model, precision, files)
 
 
-def write_sample(model: Network, target: Path) -> None:
-    """Write the float32 graph of one block of each kind, beside the weights that are in place."""
-    network, _ = model.sample()
+def write_sample(model: Network, target: Path, lists: Sequence[str] | None = None) -> None:
+    """Write the float32 graph of `model.sample(lists)`, beside the weights that are in place."""
+    network, _ = model.sample(lists)
     graph = _traced(model, network, F32)
     target.write_bytes(ir.to_proto(graph).SerializeToString())
 

@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ _TEXT_LAYER = re.compile(r"lora_te\d*_|text_encoder")
 _METADATA = "lora_adapter_metadata"  # the header's entry that diffusers' save_lora_weights writes
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"  # what diffusers calls them
 
-Report = Callable[[str], None]
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Change:
     @property
     def is_empty(self) -> bool:
         """Whether it adds nothing, as where a layer was never trained."""
-        return not (self.up.any() and self.down.any())
+        return not (self.factor and self.up.any() and self.down.any())
 
 
 def merge(
-    checkpoint: Checkpoint, part: str, report: Report = lambda _: None
+    checkpoint: Checkpoint, part: str, note: Note = lambda _: None
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of a part that the checkpoint's LoRAs change, by name.
 
@@ -69,13 +69,13 @@ def merge(
     Raises `InputError` for a LoRA that is not of this model, changes nothing, or is of a kind that
     cannot be merged, and `ExportError` for files that are no safetensors.
     """
-    changes, stored = _changes(checkpoint, part, report), checkpoint.tensors(part)
+    changes, stored = _changes(checkpoint, part, note), checkpoint.tensors(part)
     return ((name, _merged(stored[name], added)) for name, added in changes.items())
 
 
-def write_overlay(checkpoint: Checkpoint, part: str, file: Path, report: Report) -> None:
+def write_overlay(checkpoint: Checkpoint, part: str, file: Path, note: Note) -> None:
     """Write what `merge` gives to a safetensors file."""
-    changes, stored = _changes(checkpoint, part, report), checkpoint.tensors(part)
+    changes, stored = _changes(checkpoint, part, note), checkpoint.tensors(part)
     kinds = {name: (_dtype(stored[name]), stored[name].shape) for name in changes}
     file.parent.mkdir(parents=True, exist_ok=True)
     merged = (_merged(stored[name], added) for name, added in changes.items())
@@ -93,7 +93,7 @@ def merge_into(network: nn.Module, checkpoint: Checkpoint, part: str) -> None:
 def _merged(tensor: StoredTensor, added: Sequence[Change]) -> Tensor:
     (weight,) = load_tensors({"": tensor}).values()
     for change in added:
-        weight += change.factor * (change.up @ change.down)
+        weight.addmm_(change.up, change.down, alpha=change.factor)
     return weight.to(getattr(torch, _dtype(tensor)))
 
 
@@ -106,7 +106,7 @@ def _dtype(tensor: StoredTensor) -> str:
     return "bfloat16" if tensor.dtype == "bfloat16" else "float32"
 
 
-def _changes(checkpoint: Checkpoint, part: str, report: Report) -> dict[str, list[Change]]:
+def _changes(checkpoint: Checkpoint, part: str, note: Note) -> dict[str, list[Change]]:
     """What is added to each weight, by its name, sorted."""
     if checkpoint.loras and checkpoint.has(TRANSFORMERS[1]):
         raise InputError(
@@ -115,17 +115,17 @@ def _changes(checkpoint: Checkpoint, part: str, report: Report) -> dict[str, lis
         )
     found: dict[str, list[Change]] = defaultdict(list)
     for lora in checkpoint.loras:
-        for name, change in _changes_of(lora, checkpoint, part, report).items():
+        for name, change in _changes_of(lora, checkpoint, part, note).items():
             found[name].append(change)
     return dict(sorted(found.items()))
 
 
-def _changes_of(lora: Lora, checkpoint: Checkpoint, part: str, report: Report) -> dict[str, Change]:
+def _changes_of(lora: Lora, checkpoint: Checkpoint, part: str, note: Note) -> dict[str, Change]:
     """What one LoRA adds to each weight of a part."""
     layers, text = _read_layers(lora.path)
     stored, config = checkpoint.tensors(part), _config(lora.path, part)
     if text:
-        report(
+        note(
             f"{lora.path.name}: {len(text)} layers of text encoders are left out, such as "
             f"{text[0]}; prompts are encoded as without it"
         )
@@ -134,7 +134,7 @@ def _changes_of(lora: Lora, checkpoint: Checkpoint, part: str, report: Report) -
     for layer in layers:
         named = _named(layer, lora, checkpoint.pipeline_class, part)
         for module, (up, down) in named.items():
-            strength = _strength(config, module, layer) * lora.scale
+            strength = _strength(lora, config, module, layer) * lora.scale
             _add(found, f"{module}.weight", Change(up, down, strength), lora)
         if not named or any(f"{module}.weight" not in stored for module in named):
             foreign.append(layer.name)
@@ -194,7 +194,7 @@ def _read_layers(file: Path) -> tuple[list[_Layer], list[str]]:
     read_tensors(file)  # which says what is wrong with the file
     grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
     others = []
-    for name, tensor in load_file(file).items():
+    for name, tensor in _loaded(file).items():
         if (match := _TENSOR.fullmatch(name)) is None:
             others.append(name)
         else:
@@ -208,6 +208,21 @@ def _read_layers(file: Path) -> tuple[list[_Layer], list[str]]:
         )
     text = sorted(name for name in grouped if _TEXT_LAYER.match(name))
     return [_layer(file, name, grouped[name]) for name in sorted(grouped.keys() - {*text})], text
+
+
+def _loaded(file: Path) -> dict[str, Tensor]:
+    """Raises `InputError` for what safetensors cannot read, and for numbers that are none."""
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file} is damaged: {error}; download it again") from error
+    broken = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
+    if broken:
+        raise InputError(
+            f"{file} has values that are not finite, in {', '.join(sorted(broken)[:3])}; its "
+            "training diverged or it is damaged: use another"
+        )
+    return tensors
 
 
 def _layer(file: Path, name: str, tensors: dict[str, Tensor]) -> _Layer:
@@ -245,9 +260,10 @@ def _named(layer: _Layer, lora: Lora, pipeline: str, part: str) -> dict[str, tup
     except Exception as error:  # conversions fail by whatever they happen to meet
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in layer.tensors.values())
         raise InputError(
-            f"{lora.path} is a LoRA of another model: diffusers cannot turn {layer.name}, of "
-            f"{shapes}, into layers of a {pipeline} ({type(error).__name__}: {error}); give one "
-            "that was trained on this model"
+            f"{lora.path} is a LoRA of another model, or in names that are not known here: "
+            f"diffusers cannot turn {layer.name}, of {shapes}, into layers of a {pipeline} "
+            f"({type(error).__name__}: {error}); give one that was trained on this model, in "
+            "diffusers' names"
         ) from error
     if not any(name.endswith(_DOWN) for name in named):
         named = convert_unet_state_dict_to_peft(named)
@@ -272,13 +288,23 @@ def _config(file: Path, part: str) -> dict[str, Any]:
     return {name.removeprefix(f"{part}."): value for name, value in entries}
 
 
-def _strength(config: Mapping[str, Any], module: str, layer: _Layer) -> float:
+def _strength(lora: Lora, config: Mapping[str, Any], module: str, layer: _Layer) -> float:
     """The quotient alpha / rank, by the layer's own alpha, or by the header's; else 1."""
     if layer.alpha is not None:
         return layer.alpha / layer.rank
+    try:
+        alpha = _header_alpha(config, module)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise InputError(
+            f"{lora.path} has a damaged header: its alphas cannot be read ({error}); save it again"
+        ) from error
+    if alpha is None:
+        return 1.0
+    return alpha / (math.sqrt(layer.rank) if config.get("use_rslora") else layer.rank)
+
+
+def _header_alpha(config: Mapping[str, Any], module: str) -> float | None:
     patterns = config.get("alpha_pattern") or {}
     fitting = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
     alpha = next(fitting, config.get("lora_alpha"))
-    if alpha is None:
-        return 1.0
-    return float(alpha) / (math.sqrt(layer.rank) if config.get("use_rslora") else layer.rank)
+    return None if alpha is None else float(alpha)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -55,17 +55,19 @@ class Network(ABC):
     def traceable(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """The module to trace; leaving restores `model`."""
 
-    def sample(self) -> tuple[nn.Module, tuple[str, ...]]:
+    def sample(self, lists: Sequence[str] | None = None) -> tuple[nn.Module, tuple[str, ...]]:
         """`empty` in float32 with the first of each kind of block alone, and their names.
 
-        Blocks of a list are of a kind where they have parameters of the same names and shapes.
+        Blocks of a list are of a kind where they have parameters of the same names and shapes. Of
+        other lists than `lists`, where given, there is none.
         """
         network, kept = self.empty("float32"), []
         for name in self.blocks:
             blocks, kinds = network.get_submodule(name), set[object]()
+            is_wanted = lists is None or name in lists
             for number, block in list(blocks.named_children()):
                 kind = tuple((key, value.shape) for key, value in block.state_dict().items())
-                if kind in kinds:
+                if kind in kinds or not is_wanted:
                     delattr(blocks, number)  # which leaves the others their numbers
                 else:
                     kinds.add(kind)

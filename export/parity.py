@@ -8,12 +8,13 @@ compared instead of the whole network.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -163,20 +164,23 @@ def _transformer_records(
         noises.append((case, noise))
         inputs.append((case, with_prepared(signatures.transformer, feeds, prepare.run(noise))))
     for model in transformers(job):
-        network, blocks = _oracle(model)
-        preparation = _expected("prepare", network, wrapper.reference_preparation, noises)
-        velocities = _expected(
-            model.component,
-            network,
-            lambda *call: {"velocity": wrapper.reference_velocity(*call)},
-            inputs,
-            blocks,
-        )
-        del network
-        if model.component == "transformer":
-            yield preparation.record(prepare.run, runtime)
-        with _compared_graph(model, graphs, is_sample=bool(blocks)) as path:
-            yield velocities.record(runtime.load(path).run, runtime)
+        records: list[ParityRecord] = []
+        for lists in _shares(model):
+            network, blocks = _oracle(model, lists)
+            preparation = _expected("prepare", network, wrapper.reference_preparation, noises)
+            velocities = _expected(
+                model.component,
+                network,
+                lambda *call: {"velocity": wrapper.reference_velocity(*call)},
+                inputs,
+                blocks,
+            )
+            del network
+            if model.component == "transformer" and not records:
+                yield preparation.record(prepare.run, runtime)
+            with _compared_graph(model, graphs, lists, is_sample=bool(blocks)) as path:
+                records.append(velocities.record(runtime.load(path).run, runtime))
+        yield _joined(records)
 
 
 def _decoder_record(job: Job, graphs: Mapping[str, Path], runtime: OnnxRuntime) -> ParityRecord:
@@ -234,18 +238,46 @@ def _fits(model: Network) -> bool:
     return _BYTES_PER_PARAMETER * parameters <= limit
 
 
-def _oracle(model: Network) -> tuple[nn.Module, tuple[str, ...]]:
+def _shares(model: Network) -> Sequence[tuple[str, ...] | None]:
+    """The lists of blocks that are compared together: None for all.
+
+    One after another where a sample of all, as stored and with its largest tensor in float32, does
+    not fit in the memory at hand either.
+    """
+    if _fits(model):
+        return [None]
+    names = model.sample()[0].state_dict()
+    tensors = [model.tensors[name] for name in names]
+    needed = sum(t.length for t in tensors) + 4 * max(math.prod(t.shape) for t in tensors)
+    limit = model.job.parity_bytes or available_bytes()
+    return [None] if needed <= limit else [(name,) for name in model.blocks]
+
+
+def _joined(records: Sequence[ParityRecord]) -> ParityRecord:
+    """What is nearest to its tolerance, and all blocks."""
+    worst = max(records, key=lambda record: record.max_abs_error / record.tolerance)
+    blocks = tuple(block for record in records for block in record.blocks)
+    return msgspec.structs.replace(worst, blocks=blocks)
+
+
+def _oracle(
+    model: Network, lists: Sequence[str] | None = None
+) -> tuple[nn.Module, tuple[str, ...]]:
     """The model in float32, or one block of each kind where it does not fit, and their names."""
     if _fits(model):
         return model.load(), ()
-    network, blocks = model.sample()
+    network, blocks = model.sample(lists)
     stream_weights(network, model.tensors)
     return network, blocks
 
 
 @contextmanager
 def _compared_graph(
-    model: Network, graphs: Mapping[str, Path], *, is_sample: bool
+    model: Network,
+    graphs: Mapping[str, Path],
+    lists: Sequence[str] | None = None,
+    *,
+    is_sample: bool,
 ) -> Iterator[Path]:
     whole = graphs[model.component]
     if not is_sample:
@@ -253,7 +285,7 @@ def _compared_graph(
         return
     path = whole.with_name("sample.onnx")
     try:
-        write_sample(model, path)
+        write_sample(model, path, lists)
         yield path
     finally:
         path.unlink(missing_ok=True)

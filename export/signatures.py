@@ -99,7 +99,7 @@ def signatures(
     made = {"latent": float32("latent", "batch", *latents.latent)}
     if is_guided:
         made["model_input"] = inputs["hidden_states"]
-    image = "video" if latents.image is _VIDEO else "image"
+    image = "video" if latents.image == _VIDEO else "image"
     return Signatures(
         Signature(inputs, {"velocity": float32("velocity", batch, *latents.latent)}),
         Signature(

@@ -75,8 +75,8 @@ class PromptEncoder:
         import diffusers  # noqa: PLC0415  rendering from ready embeddings must not need it
 
         source = Checkpoint(self._directory)
-        check_libraries(source)
         needed = {"scheduler", *self._family.text_components}
+        check_libraries(source, needed)
         others = {part for part, kind in source.index.items() if isinstance(kind, list)} - needed
         return getattr(diffusers, source.pipeline_class).from_pretrained(
             self._directory, **dict.fromkeys(others), dtype=dtype, local_files_only=True

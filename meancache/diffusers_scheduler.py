@@ -43,7 +43,7 @@ class MeanCacheScheduler(EulerScheduler):
     checked against the schedule's. An analytic schedule without calibration is refolded for the
     pipeline's own grid of as many steps. The schedule is part of the configuration, so that
     `save_pretrained` and `from_pretrained` keep it; the stock scheduler reads the same file and
-    ignores it.
+    ignores it, and that its grid may be UniPC's.
 
     A pipeline of two transformers chooses between them itself, by the timesteps that it is given:
     those of the nodes, so that it runs what the schedule's rows name. One history holds the
@@ -74,8 +74,7 @@ class MeanCacheScheduler(EulerScheduler):
         use_beta_sigmas: bool = False,
         time_shift_type: TimeShift = "exponential",
         stochastic_sampling: bool = False,
-        use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
+        has_unipc_grid: bool = False,
         schedule: dict[str, Any] | None = None,
         strength: float = 1.0,
     ) -> None:
@@ -95,8 +94,7 @@ class MeanCacheScheduler(EulerScheduler):
             use_beta_sigmas=use_beta_sigmas,
             time_shift_type=time_shift_type,
             stochastic_sampling=stochastic_sampling,
-            use_flow_sigmas=use_flow_sigmas,
-            flow_shift=flow_shift,
+            has_unipc_grid=has_unipc_grid,
         )
         self._check_options()
         self._strength = strength

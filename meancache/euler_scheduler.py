@@ -28,11 +28,9 @@ BaseScheduler: TypeAlias = FlowMatchEulerDiscreteScheduler | UniPCMultistepSched
 
 _LINSPACES: tuple[Convention, ...] = ("linspace", "linspace_to_zero")
 
-# What decides UniPC's grid, by names that `EulerScheduler` has too.
-_FLOW_SIGMAS_OPTIONS = (
+# What decides UniPC's grid besides its shift, by names that `EulerScheduler` has too.
+_UNIPC_OPTIONS = (
     "num_train_timesteps",
-    "use_flow_sigmas",
-    "flow_shift",
     "use_dynamic_shifting",
     "time_shift_type",
     "shift_terminal",
@@ -40,7 +38,11 @@ _FLOW_SIGMAS_OPTIONS = (
 
 
 class EulerScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
-    """Flow-matching Euler; with `use_flow_sigmas` on the grid that UniPC makes by `flow_shift`."""
+    """Flow-matching Euler; with `has_unipc_grid` on the grid that UniPC makes with that shift.
+
+    UniPC's own names for these, `use_flow_sigmas` and `flow_shift`, stay in the configuration of a
+    stock scheduler that was made of UniPC's, where they mean nothing.
+    """
 
     timesteps: torch.Tensor
     sigmas: torch.Tensor
@@ -62,8 +64,7 @@ class EulerScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         use_beta_sigmas: bool = False,
         time_shift_type: TimeShift = "exponential",
         stochastic_sampling: bool = False,
-        use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
+        has_unipc_grid: bool = False,
     ) -> None:
         # Named one by one, because diffusers reads the signature to load a configuration.
         super().__init__(
@@ -82,8 +83,7 @@ class EulerScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
             time_shift_type=time_shift_type,
             stochastic_sampling=stochastic_sampling,
         )
-        self._has_flow_sigmas = use_flow_sigmas
-        self._flow_shift = flow_shift
+        self._has_unipc_grid = has_unipc_grid
 
     def set_timesteps(
         self,
@@ -97,25 +97,37 @@ class EulerScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
 
         Raises `ScheduleError` where UniPC's is asked for and sigmas are given.
         """
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        if not self._has_flow_sigmas:
-            return
-        if num_inference_steps is None or sigmas is not None or timesteps is not None:
+        is_count = num_inference_steps is not None and sigmas is None and timesteps is None
+        if self._has_unipc_grid and not is_count:
             raise ScheduleError(
                 "expected a pipeline that gives its UniPCMultistepScheduler the number of steps "
                 "alone, found sigmas or timesteps; give the pipeline a "
                 "FlowMatchEulerDiscreteScheduler"
             )
-        grid = self._flow_sigmas(num_inference_steps, mu)
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        if not self._has_unipc_grid or num_inference_steps is None:
+            return
+        grid = self._unipc_grid(num_inference_steps, mu)
         self.sigmas = torch.tensor(grid.sigmas, dtype=torch.float32, device=device)
         self.timesteps = torch.tensor(grid.timesteps, dtype=torch.float32, device=device)
 
-    def _flow_sigmas(self, steps: int, mu: float | None) -> SigmaGrid:
+    def index_for_timestep(
+        self,
+        timestep: float | torch.Tensor,
+        schedule_timesteps: torch.Tensor | None = None,
+    ) -> int:
+        """As the stock scheduler, but the first of equal timesteps: UniPC's are whole numbers."""
+        if not self._has_unipc_grid:
+            return int(super().index_for_timestep(timestep, schedule_timesteps))
+        among = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        return int((among == timestep).nonzero()[0])
+
+    def _unipc_grid(self, steps: int, mu: float | None) -> SigmaGrid:
         config = self.config
         return make_grid(
             steps,
             convention="flow_sigmas",
-            shift=self._flow_shift,
+            shift=config.shift,
             mu=mu if config.use_dynamic_shifting else None,
             time_shift_type=config.time_shift_type,
             shift_terminal=config.shift_terminal,
@@ -140,7 +152,8 @@ def euler_options(base_scheduler: BaseScheduler) -> Mapping[str, Any]:
             "scheduler first"
         )
     check_flow_sigmas(config)
-    return {name: config[name] for name in _FLOW_SIGMAS_OPTIONS}
+    options = {name: config[name] for name in _UNIPC_OPTIONS}
+    return {**options, "shift": config["flow_shift"], "has_unipc_grid": True}
 
 
 def stock_grid(
@@ -152,14 +165,14 @@ def stock_grid(
     `ScheduleError` where sigmas do not descend.
     """
     config, steps = scheduler.config, len(scheduler.timesteps)
-    is_dynamic, is_flow = config.use_dynamic_shifting, config.get("use_flow_sigmas", False)
+    is_dynamic, is_flow = config.use_dynamic_shifting, config.get("has_unipc_grid", False)
     return SigmaGrid(
         steps=steps,
         sigmas=tuple(scheduler.sigmas.tolist()),
         timesteps=tuple(scheduler.timesteps.tolist()),
         convention="flow_sigmas" if is_flow else _convention(sigmas, steps),
         num_train_timesteps=config.num_train_timesteps,
-        shift=None if is_dynamic else float(config.flow_shift if is_flow else scheduler.shift),
+        shift=None if is_dynamic else float(scheduler.shift),
         mu=float(mu) if is_dynamic and mu is not None else None,
         time_shift_type=config.time_shift_type if is_dynamic else None,
         shift_terminal=config.shift_terminal or None,

@@ -19,7 +19,7 @@ from meancache_trt.meancache.evidence import Evidence
 from meancache_trt.meancache.files import decode_json, read_bytes, write_json
 from meancache_trt.meancache.folding import Rows, check_nodes
 from meancache_trt.meancache.methods import METHODS, get_method
-from meancache_trt.meancache.sigmas import SecondStage, SigmaGrid
+from meancache_trt.meancache.sigmas import SigmaGrid
 
 Version = Literal["meancache-trt/schedule/1"]
 VERSION: Version = "meancache-trt/schedule/1"
@@ -152,8 +152,11 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def on_grid(self, grid: SigmaGrid) -> Schedule:
         """As `fit_to`, for a host that cannot see the guidance scale."""
         self.check_grid(grid)
+        if grid.second_stage is None:
+            grid = msgspec.structs.replace(grid, second_stage=self.grid.second_stage)
         if self.grid.difference(grid) is None:
-            return self._with_second_stage(grid.second_stage)
+            own = msgspec.structs.replace(self.grid, second_stage=grid.second_stage)
+            return self if own == self.grid else msgspec.structs.replace(self, grid=own)
         return bake(
             self.method,
             grid,
@@ -166,12 +169,6 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             guidance_range=self.guidance_range,
             precision=self.precision,
         )
-
-    def _with_second_stage(self, second_stage: SecondStage | None) -> Schedule:
-        if second_stage in (None, self.grid.second_stage):
-            return self
-        grid = msgspec.structs.replace(self.grid, second_stage=second_stage)
-        return msgspec.structs.replace(self, grid=grid)
 
     def _check_guidance(self, scale: float | None) -> None:
         if self.guidance_range is not None:

@@ -215,6 +215,11 @@ def make_grid(
     """
     if steps < 1:
         raise ScheduleError(f"a grid has at least one step, found {steps}; give --steps 1 or more")
+    if num_train_timesteps < 1:
+        raise ScheduleError(
+            f"num_train_timesteps is at least 1, found {num_train_timesteps}; download the "
+            "checkpoint again"
+        )
     if image_tokens is not None:
         mu = empirical_mu(image_tokens, steps)
     check_shifts(shift, mu, time_shift_type, shift_terminal)
@@ -273,9 +278,9 @@ def grid_from_config(
     """Make the grid of a pipeline from its `scheduler_config.json`.
 
     `image_tokens` is the packed sequence length, from which dynamic shifting takes its mu: by
-    `dynamic_mu` ("line") or by `empirical_mu`. Where the scheduler is a UniPCMultistepScheduler, a
-    `convention` of "count" becomes "flow_sigmas". Raises `ScheduleError` for options that this
-    project does not reproduce, such as Karras sigmas.
+    `dynamic_mu` ("line") or by `empirical_mu`. Where the scheduler is a UniPCMultistepScheduler, or
+    one of ours with its grid, a `convention` of "count" becomes "flow_sigmas". Raises
+    `ScheduleError` for options that this project does not reproduce, such as Karras sigmas.
     """
     for option in _UNSUPPORTED:
         if config.get(option):
@@ -291,13 +296,14 @@ def grid_from_config(
             mu = dynamic_mu(config, image_tokens)
         else:
             tokens = image_tokens
-    has_flow_sigmas = config.get("_class_name") == FLOW_SIGMAS_SCHEDULER
-    if has_flow_sigmas:
+    is_unipc = config.get("_class_name") == FLOW_SIGMAS_SCHEDULER
+    if is_unipc:
         check_flow_sigmas(config, convention)
+    has_flow_sigmas = is_unipc or config.get("has_unipc_grid", False)
     return make_grid(
         steps,
         convention="flow_sigmas" if has_flow_sigmas else convention,
-        shift=config.get("flow_shift" if has_flow_sigmas else "shift", 1.0),
+        shift=config.get("flow_shift" if is_unipc else "shift", 1.0),
         mu=mu,
         time_shift_type=config.get("time_shift_type", "exponential"),
         shift_terminal=config.get("shift_terminal"),

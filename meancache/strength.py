@@ -82,6 +82,7 @@ def _rest(grid: SigmaGrid, step: int) -> SigmaGrid:
         sigmas=grid.sigmas[step:],
         timesteps=grid.timesteps[step:],
         convention="custom",
+        image_tokens=None,  # of which mu would be another for these steps
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from meancache_trt.errors import CalibrationError, InputError
 from meancache_trt.export.checkpoint import Checkpoint
 from meancache_trt.meancache.euler_scheduler import EulerScheduler, euler_options
 from meancache_trt.record import Recorder, RecordOptions
+from tests.export import tiny_wan
 from tests.export.families import TINY
 
 STEPS = 5
@@ -130,6 +132,17 @@ def test_what_the_model_cannot_take_is_refused_before_the_work(tmp_path: Path) -
     second = RecordOptions(size=(32, 48), prompts=("a",), guidance_scale_2=3.0)
     with pytest.raises(InputError, match="one transformer has one guidance scale, found a second"):
         Recorder(Checkpoint(folder), second)
+
+
+@pytest.mark.parametrize("first", [{"guidance_scale": 1.0}, {"guidance_range": (1.0, 6.0)}])
+def test_a_second_scale_that_the_pipeline_would_leave_out_is_refused(
+    first: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny"
+    tiny_wan.tiny_a14b().save_pretrained(folder)
+    options = RecordOptions(size=(32, 48), frames=5, prompts=("a",), guidance_scale_2=3.0, **first)
+    with pytest.raises(InputError, match="a first guidance scale of 1 has the pipeline leave out"):
+        Recorder(Checkpoint(folder), options)
 
 
 def test_a_scale_out_of_range_is_refused_before_the_work() -> None:

@@ -330,7 +330,7 @@ def test_inspect_names_the_boundary_and_the_network_of_each_row(
     file = tmp_path / "two.json"
     file.write_bytes(msgspec.json.encode(schedule))
     stage = ["transformer_2", "below", "timestep", "750,", "guidance", "scale", "2.5"]
-    assert stage in shown(bundle.directory)
+    assert ["stage", "2", *stage] in shown(bundle.directory)
     lines = shown(file)
     assert stage in lines
     rows = [line for line in lines if line and line[0].isdecimal()]

@@ -304,9 +304,6 @@ Manifest parse_manifest(std::string_view text, const std::string& path) {
     throw Error(MCT_BUNDLE_ERROR, path + ": not JSON, perhaps truncated: " + fault.what() +
                                       "; build the bundle again");
   } catch (const Error& error) {
-    if (error.status() != MCT_BUNDLE_ERROR) {
-      throw;
-    }
     throw Error(MCT_BUNDLE_ERROR, path + ": " + error.what() + "; build the bundle again");
   }
   if (!has_its_digest(text, manifest.digest)) {

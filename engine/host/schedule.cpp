@@ -200,6 +200,9 @@ Schedule Schedule::on_grid(const SigmaGrid& other) const {
     return folded;
   }
   folded.grid = other;
+  if (!other.second_stage) {
+    folded.grid.second_stage = grid.second_stage;
+  }
   folded.weights = fold(method, other.sigmas, nodes, spans);
   folded.history = 0;
   for (const std::vector<double>& row : folded.weights) {

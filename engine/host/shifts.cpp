@@ -94,32 +94,33 @@ std::vector<Float> shifted(const std::vector<double>& raw, const Recipe& recipe)
 }
 
 template <class Float>
-Steps scaled(const std::vector<Float>& sigmas, const Recipe& recipe) {
-  Steps steps;
+GridValues scaled(const std::vector<Float>& sigmas, const Recipe& recipe) {
+  GridValues values;
   for (const Float sigma : sigmas) {
-    steps.sigmas.push_back(static_cast<float>(sigma));
-    steps.timesteps.push_back(steps.sigmas.back() * static_cast<float>(recipe.num_train_timesteps));
+    values.sigmas.push_back(static_cast<float>(sigma));
+    values.timesteps.push_back(values.sigmas.back() *
+                               static_cast<float>(recipe.num_train_timesteps));
   }
-  return steps;
+  return values;
 }
 
 // As UniPCMultistepScheduler has them: timesteps are cut to whole numbers.
-Steps whole(std::vector<double> sigmas, const Recipe& recipe) {
+GridValues whole(std::vector<double> sigmas, const Recipe& recipe) {
   if (std::fabs(sigmas.front() - 1) < below_one) {
     sigmas.front() -= below_one;
   }
-  Steps steps;
+  GridValues values;
   for (const double sigma : sigmas) {
     const double timestep = std::trunc(sigma * static_cast<double>(recipe.num_train_timesteps));
-    steps.sigmas.push_back(static_cast<float>(sigma));
-    steps.timesteps.push_back(static_cast<float>(timestep));
+    values.sigmas.push_back(static_cast<float>(sigma));
+    values.timesteps.push_back(static_cast<float>(timestep));
   }
-  return steps;
+  return values;
 }
 
 }  // namespace
 
-Steps steps_of(const Recipe& recipe) {
+GridValues values_of(const Recipe& recipe) {
   if (recipe.convention == "flow_sigmas") {
     return whole(shifted<double>(flow_sigmas(recipe), recipe), recipe);
   }

@@ -22,7 +22,8 @@ struct Recipe {
   std::int64_t num_train_timesteps = 1000;
 };
 
-struct Steps {
+// What a grid has of each of its steps.
+struct GridValues {
   std::vector<float> sigmas;
   std::vector<float> timesteps;
 };
@@ -30,7 +31,7 @@ struct Steps {
 // Throws a schedule error for shifts that no scheduler can follow.
 void check_recipe(const Recipe& recipe);
 
-Steps steps_of(const Recipe& recipe);
+GridValues values_of(const Recipe& recipe);
 
 }  // namespace mct
 

@@ -16,12 +16,12 @@ constexpr const char* flow_sigmas_scheduler = "UniPCMultistepScheduler";
 
 SigmaGrid make_grid(const Recipe& recipe) {
   check_recipe(recipe);
-  const Steps steps = steps_of(recipe);
+  const GridValues values = values_of(recipe);
   SigmaGrid grid;
   grid.steps = recipe.steps;
-  grid.sigmas.assign(steps.sigmas.begin(), steps.sigmas.end());
+  grid.sigmas.assign(values.sigmas.begin(), values.sigmas.end());
   grid.sigmas.push_back(0.0);
-  grid.timesteps.assign(steps.timesteps.begin(), steps.timesteps.end());
+  grid.timesteps.assign(values.timesteps.begin(), values.timesteps.end());
   grid.convention = recipe.convention;
   grid.num_train_timesteps = recipe.num_train_timesteps;
   grid.shift = recipe.mu ? std::nullopt : std::optional<double>(recipe.shift);
@@ -64,7 +64,7 @@ double empirical_mu(std::int64_t image_tokens, std::int64_t steps) {
   return slope * static_cast<double>(steps) + (at_200 - 200.0 * slope);
 }
 
-bool has_flow_sigmas(const JsonValue& config) {
+bool is_unipc_scheduler(const JsonValue& config) {
   const JsonValue* name = config.find("_class_name");
   return name != nullptr && name->text == flow_sigmas_scheduler;
 }
@@ -77,7 +77,11 @@ std::string shown(const JsonValue* value) {
   if (value->kind == JsonValue::Kind::boolean) {
     return value->boolean ? "True" : "False";
   }
-  return value->kind == JsonValue::Kind::text ? "'" + value->text + "'" : text_of(value->number);
+  if (value->kind == JsonValue::Kind::text) {
+    return repr_of(value->text);
+  }
+  const bool is_integer = value->kind == JsonValue::Kind::integer;
+  return is_integer ? text_of(value->integer) : text_of(value->number);
 }
 
 // A UniPCMultistepScheduler whose grid ends at 0 and is made of the number of steps alone.
@@ -92,7 +96,8 @@ void check_flow_sigmas(const JsonValue& config, const std::string& convention) {
     const JsonValue* value = config.find(key);
     return value != nullptr && value->text == text;
   };
-  expect("use_flow_sigmas", is_set(config, "use_flow_sigmas"));
+  const JsonValue* flag = config.find("use_flow_sigmas");
+  expect("use_flow_sigmas", flag != nullptr && (flag->boolean || flag->number == 1));
   expect("prediction_type", is_text("prediction_type", "flow_prediction"));
   expect("final_sigmas_type",
          config.find("final_sigmas_type") == nullptr || is_text("final_sigmas_type", "zero"));
@@ -124,12 +129,14 @@ SigmaGrid grid_from_config(const JsonValue& config, const GridRequest& request) 
   Recipe recipe;
   recipe.steps = request.steps;
   recipe.convention = request.convention;
-  const bool is_flow_sigmas = has_flow_sigmas(config);
-  if (is_flow_sigmas) {
+  const bool is_unipc = is_unipc_scheduler(config);
+  if (is_unipc) {
     check_flow_sigmas(config, request.convention);
+  }
+  if (is_unipc || is_set(config, "has_unipc_grid")) {
     recipe.convention = "flow_sigmas";
   }
-  recipe.shift = number_of(config, is_flow_sigmas ? "flow_shift" : "shift", 1.0);
+  recipe.shift = number_of(config, is_unipc ? "flow_shift" : "shift", 1.0);
   const bool is_dynamic = is_set(config, "use_dynamic_shifting");
   const bool is_empirical = is_dynamic && request.mu_rule == "empirical";
   if (is_dynamic) {

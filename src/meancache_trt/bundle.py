@@ -25,7 +25,7 @@ from typing import Literal, Self
 import msgspec
 from filelock import FileLock
 
-from meancache_trt.errors import BundleError, InputError, ScheduleError
+from meancache_trt.errors import BundleError, InputError, MeanCacheError, ScheduleError
 from meancache_trt.manifest import Component, Exported, Resolution
 from meancache_trt.meancache.files import (
     atomic_write,
@@ -329,7 +329,7 @@ def _read_manifest(directory: Path) -> Manifest:
     try:
         manifest = decode_text(text, Manifest, BundleError)
         check_second_stage(manifest.export)
-    except BundleError as error:
+    except MeanCacheError as error:
         raise BundleError(f"{path}: {error}; build the bundle again") from error
     if not _has_its_digest(text, manifest.digest):
         raise BundleError(

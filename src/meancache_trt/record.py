@@ -116,7 +116,19 @@ class Recorder:
         guidance = self._family.guidance(self._configs)
         for scale in (options.guidance_scale, *(options.guidance_range or ())):
             check_guidance(guidance, scale)
+        self._check_second_scale(guidance.default_scale)
         self._second_stage = second_stage(self._family, self._configs, options.guidance_scale_2)
+
+    def _check_second_scale(self, default: float | None) -> None:
+        options = self._options
+        first = options.guidance_scale if options.guidance_scale is not None else default
+        least = options.guidance_range[0] if options.guidance_range is not None else first
+        if options.guidance_scale_2 is not None and least is not None and least <= 1:
+            raise InputError(
+                f"a first guidance scale of {least:g} has the pipeline leave out the second one, "
+                f"{options.guidance_scale_2:g}, too; record with a first scale above 1, or without "
+                "a second"
+            )
 
     def record(
         self, directory: Path, *, note: Note, report: Report, is_forced: bool = False
@@ -129,9 +141,12 @@ class Recorder:
         from meancache_trt.calibration.recording import (  # noqa: PLC0415  (imports torch)
             PipelineSampler,
         )
+        from meancache_trt.export.lora_merge import merge  # noqa: PLC0415  (imports torch)
 
         prompts = self._options.sampled()
         note(f"calibrate: recording {len(prompts)} samples of {self._options.steps} steps")
+        if self._checkpoint.loras:
+            merge(self._checkpoint, "transformer", note)  # refused before anything is lost
         if is_forced:
             discard(directory)
         sampler, model = PipelineSampler(self.pipeline, self.call), identify(self._checkpoint)

@@ -208,7 +208,8 @@ class Pipeline:
             prompts: texts, or what `encode` made of them (then torch is not needed).
             negative_prompt: what to steer away from, for models with classifier-free guidance: one
                 for all or one for each, as texts or as what `encode` made of them. diffusers turns
-                guidance off where it is given none; here that is `guidance_scale=1`.
+                guidance off where it is given none; here that is `guidance_scale=1`, but for a
+                second stage with a scale of its own.
             seed: one for all, or one for each.
             schedule: see `schedule`.
             guidance_scale: by default the schedule's, or the model's.

@@ -12,7 +12,7 @@ from scripts.full_size.models import MODELS
 from meancache_trt.errors import ExportError, InputError
 from meancache_trt.export import detect, wan_torch
 from meancache_trt.export.family import Configs, Size, check_size, default_frames, resolution
-from meancache_trt.export.trace import build_network
+from meancache_trt.export.trace import build_network, cast_stored
 from meancache_trt.export.wan import WAN
 from meancache_trt.meancache.sigmas import SecondStage
 from tests.export.tiny_wan import (
@@ -183,7 +183,7 @@ def test_what_diffusers_keeps_in_float32_stays_so_in_a_bfloat16_network(tmp_path
     network = tiny_transformer()
     network.save_pretrained(tmp_path)
     loaded = type(network).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    built = build_network("WanTransformer3DModel", network.config, "bfloat16")
+    built = cast_stored(build_network("WanTransformer3DModel", network.config), "bfloat16")
     found = {name: value.dtype for name, value in built.named_parameters()}
     assert found == {name: value.dtype for name, value in loaded.named_parameters()}
     assert set(found.values()) == {torch.bfloat16, torch.float32}

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from meancache_trt.calibration.recording import RecordingScheduler
 from meancache_trt.errors import CalibrationError, ScheduleError
+from meancache_trt.export.checkpoint import read_json
 from meancache_trt.meancache.diffusers_scheduler import MeanCacheScheduler
 from meancache_trt.meancache.euler_scheduler import stock_grid
 from meancache_trt.meancache.schedule import bake
-from meancache_trt.meancache.sigmas import SigmaGrid, make_grid
+from meancache_trt.meancache.sigmas import SigmaGrid, grid_from_config, make_grid
 
 STEPS = 20
 FLOW: dict[str, Any] = {
@@ -26,6 +27,12 @@ FLOW: dict[str, Any] = {
 
 def unipc(**options: Any) -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(**{**FLOW, **options})
+
+
+class Steps:
+    def begin(self, *_: Any) -> None: ...
+    def add(self, *_: Any) -> None: ...
+    def end(self, *_: Any) -> None: ...
 
 
 def grid(steps: int = STEPS, **options: Any) -> SigmaGrid:
@@ -85,6 +92,28 @@ def test_a_saved_scheduler_keeps_the_grid(tmp_path: Path) -> None:
     replaced = MeanCacheScheduler.from_schedule(bake("euler", grid(), [0, 9]), loaded)
     replaced.set_timesteps(STEPS)
     assert replaced.schedule.grid == grid()
+    config = read_json(tmp_path / "scheduler_config.json")
+    assert grid_from_config(config, STEPS, convention="count") == grid()
+
+
+def test_a_stock_scheduler_that_was_made_of_unipcs_configuration_has_its_own_grid() -> None:
+    stock = FlowMatchEulerDiscreteScheduler.from_config(unipc().config, shift=5.0)
+    assert stock.config.use_flow_sigmas  # which it does not know, and keeps
+    stock.set_timesteps(STEPS)
+    own = make_grid(STEPS, convention="count", shift=5.0)
+    scheduler = MeanCacheScheduler.from_schedule(bake("euler", own, [0, 9]), stock)
+    scheduler.set_timesteps(STEPS)
+    assert scheduler.timesteps.tolist() == stock.timesteps[[0, 9]].tolist()
+    assert scheduler.schedule.grid == own
+
+
+def test_equal_timesteps_are_told_apart_by_their_order() -> None:
+    """Cut to whole numbers, the first two of many steps are both 999."""
+    scheduler = RecordingScheduler.around(unipc(), sink=Steps())
+    scheduler.set_timesteps(300)
+    assert scheduler.timesteps[0] == scheduler.timesteps[1]
+    moved(scheduler)
+    assert scheduler.step_index == 300
 
 
 def test_recordings_are_on_the_pipelines_own_grid() -> None:

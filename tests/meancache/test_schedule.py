@@ -175,6 +175,8 @@ def test_a_schedule_takes_the_second_stage_of_the_grid_that_it_is_fitted_to() ->
         here, plain = staged(500.0, make()), make()
         assert plain.fit_to(here.grid, 3.5) == here
         assert here.fit_to(plain.grid, 3.5) is here
+    unseen = make_grid(20, shift=2.0)
+    assert staged(500.0).on_grid(unseen).grid.second_stage == staged(500.0).grid.second_stage
     moved = staged(600.0).grid
     assert staged(500.0).fit_to(moved, None) == bake("official", moved, NODES, SPANS)
     for make in (calibrated, fitted):

@@ -149,7 +149,7 @@ void each_row_runs_the_network_that_it_names_over_one_history() {
   expect(names(2000) == "2222" && names(0) == "1111", "boundaries beyond either end");
   expect(names(third) == "1112", "a timestep at the boundary is the first one's");
   for (const double boundary : {2000.0, third + 1, third, 0.0}) {
-    names(boundary);
+    schedule.grid.second_stage = mct::SecondStage{boundary, std::nullopt};
     Subject subject(schedule, 4);
     expect(subject.run(start) == unfolded(schedule, start),
            "boundary at " + std::to_string(boundary));

@@ -69,7 +69,7 @@ def calibrate(
     hush_libraries()
     checkpoint = stages.find_model(model, loras)
     (size,) = sizes.of(checkpoint)
-    engine = None if bundle is None else _engine(bundle, checkpoint)
+    engine = None if bundle is None else _engine(bundle, checkpoint, guidance_scale_2)
     if engine is not None:
         text_tokens = text_tokens or engine.export.text_tokens
         if guidance_scale_2 is None:
@@ -93,14 +93,20 @@ def calibrate(
     _report(trajectories, schedules, as_json=as_json)
 
 
-def _engine(path: Path, checkpoint: Checkpoint) -> Bundle:
-    """The bundle; an error before anything is recorded where it is of another checkpoint."""
+def _engine(path: Path, checkpoint: Checkpoint, guidance_scale_2: float | None) -> Bundle:
+    """The bundle; an error before anything is recorded where it is of another model."""
     bundle = Bundle.open(path)
     model = identify(checkpoint)
     if bundle.export.model.digest != model.digest:
         raise InputError(
             f"{path} is a bundle of {bundle.export.model.name}, found {model.name} to calibrate; "
             "give its own checkpoint and LoRAs, or leave --bundle out"
+        )
+    own = bundle.export.second_guidance_scale
+    if guidance_scale_2 not in (None, own):
+        raise InputError(
+            f"{path} guides its second stage by {'the first scale' if own is None else own}, found "
+            f"--guidance-scale-2 {guidance_scale_2:g}; leave it out, or build another bundle"
         )
     return bundle
 

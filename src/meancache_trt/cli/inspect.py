@@ -91,7 +91,7 @@ def inspect_bundle(bundle: Bundle, plans: Sequence[ListedPlan] = (), *, as_json:
     click.echo(f"ranges      {_ranges(export.ranges)}")
     click.echo(f"guidance    {export.guidance.rule}, default {export.guidance.default_scale}")
     if export.second_stage is not None:
-        click.echo(f"transformer_2 {export.second_stage}")
+        click.echo(f"stage 2     transformer_2 {export.second_stage}")
     click.echo()
     print_table(
         ["component", "precision", "weights MB", "shared MB"],

@@ -143,7 +143,7 @@ def show_schedule(schedule: Schedule) -> None:
         ("node", schedule.nodes),
         ("sigma", [f"{sigma:.6f}" for sigma in schedule.sigmas()[:-1]]),
         *([("network", schedule.transformers())] if second is not None else []),
-        ("span", [*schedule.spans, ""] if schedule.spans else [""] * schedule.budget),
+        ("span", [*(schedule.spans or ()), *[""] * schedule.budget][: schedule.budget]),
         (
             "weights of v_n, v_n-1, …",
             ["  ".join(f"{weight:+.6f}" for weight in weights) for weights in schedule.weights],
