@@ -18,7 +18,7 @@ _TILE_PIXELS = (256, 192)  # a tile's pixels, and where the next begins
 
 _TRAIN_TIMESTEPS = 1000  # UniPCMultistepScheduler.__init__
 
-# The square nearest to 832 x 480, WanPipeline's default, and to the 1280 x 704 of 2.2 TI2V-5B's
+# A square near 832 x 480, WanPipeline's default, and to the 1280 x 704 of 2.2 TI2V-5B's
 # card, whose VAE alone makes patches; with frames and frames a second, of the pipeline and the
 # card.
 _TRAINED, _TRAINED_5B = (640, 81, 16.0), (960, 121, 24.0)

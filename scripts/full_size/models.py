@@ -4,137 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-Config = Mapping[str, Any]
-
-_CLIP_L: Config = {
-    "architectures": ["CLIPTextModel"],
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "hidden_act": "quick_gelu",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "pad_token_id": 1,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-}
-_T5_XXL: Config = {
-    "architectures": ["T5EncoderModel"],
-    "d_ff": 10240,
-    "d_kv": 64,
-    "d_model": 4096,
-    "dense_act_fn": "gelu_new",
-    "eos_token_id": 1,
-    "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": True,
-    "is_gated_act": True,
-    "layer_norm_epsilon": 1e-06,
-    "model_type": "t5",
-    "num_decoder_layers": 24,
-    "num_heads": 64,
-    "num_layers": 24,
-    "pad_token_id": 0,
-    "relative_attention_max_distance": 128,
-    "relative_attention_num_buckets": 32,
-    "tie_word_embeddings": False,
-    "vocab_size": 32128,
-}
-_UMT5_XXL: Config = {
-    **_T5_XXL,
-    "architectures": ["UMT5EncoderModel"],
-    "model_type": "umt5",
-    "scalable_attention": True,
-    "vocab_size": 256384,
-}
-_PROJECTED_CLIP_L: Config = {**_CLIP_L, "architectures": ["CLIPTextModelWithProjection"]}
-_PROJECTED_CLIP_G: Config = {
-    **_PROJECTED_CLIP_L,
-    "hidden_act": "gelu",
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_attention_heads": 20,
-    "num_hidden_layers": 32,
-    "projection_dim": 1280,
-}
-_QWEN_VL_7B: Config = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "model_type": "qwen2_5_vl",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
-    "tie_word_embeddings": False,
-    "vision_config": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-    },
-    "vocab_size": 152064,
-}
-_QWEN3_4B: Config = {
-    "architectures": ["Qwen3Model"],
-    "head_dim": 128,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "max_position_embeddings": 40960,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-}
-_MISTRAL_3: Config = {
-    "architectures": ["Mistral3ForConditionalGeneration"],
-    "model_type": "mistral3",
-    "multimodal_projector_bias": False,
-    "spatial_merge_size": 2,
-    "text_config": {
-        "head_dim": 128,
-        "hidden_size": 5120,
-        "intermediate_size": 32768,
-        "max_position_embeddings": 131072,
-        "model_type": "mistral",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "vocab_size": 131072,
-    },
-    "tie_word_embeddings": False,
-    "vision_config": {
-        "head_dim": 64,
-        "hidden_size": 1024,
-        "image_size": 1540,
-        "intermediate_size": 4096,
-        "model_type": "pixtral",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-    },
-}
-_LLAMA_8B: Config = {
-    "architectures": ["LlamaModel"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128320,
-}
+from scripts.full_size.encoders import (
+    CLIP_L,
+    LLAMA_8B,
+    MISTRAL_3,
+    PROJECTED_CLIP_G,
+    PROJECTED_CLIP_L,
+    QWEN3_4B,
+    QWEN_VL_7B,
+    T5_XXL,
+    UMT5_XXL,
+    Config,
+)
 
 _FLUX_DEV: Config = {
     "_class_name": "FluxTransformer2DModel",
@@ -361,7 +243,7 @@ MODELS: Mapping[str, FullSize] = {
             "shift": 3.0,
             "use_dynamic_shifting": True,
         },
-        encoders={"text_encoder": _CLIP_L, "text_encoder_2": _T5_XXL},
+        encoders={"text_encoder": CLIP_L, "text_encoder_2": T5_XXL},
         size={"height": 1024, "width": 1024},
     ),
     "Qwen-Image": FullSize(
@@ -376,7 +258,7 @@ MODELS: Mapping[str, FullSize] = {
             "shift_terminal": 0.02,
             "use_dynamic_shifting": True,
         },
-        encoders={"text_encoder": _QWEN_VL_7B},
+        encoders={"text_encoder": QWEN_VL_7B},
         size={"height": 1328, "width": 1328},
     ),
     "HunyuanVideo": FullSize(
@@ -384,7 +266,7 @@ MODELS: Mapping[str, FullSize] = {
         transformer=_HUNYUAN_VIDEO,
         vae=_HUNYUAN_VAE,
         scheduler={**_SCHEDULER, "shift": 7.0, "use_dynamic_shifting": False},
-        encoders={"text_encoder": _LLAMA_8B, "text_encoder_2": _CLIP_L},
+        encoders={"text_encoder": LLAMA_8B, "text_encoder_2": CLIP_L},
         size={"height": 720, "width": 1280, "frames": 129},
     ),
     "Z-Image": FullSize(
@@ -392,7 +274,7 @@ MODELS: Mapping[str, FullSize] = {
         transformer=_Z_IMAGE,
         vae=_FLUX_VAE,  # it has FLUX.1's
         scheduler={**_SCHEDULER, "shift": 6.0, "use_dynamic_shifting": False},
-        encoders={"text_encoder": _QWEN3_4B},
+        encoders={"text_encoder": QWEN3_4B},
         size={"height": 1024, "width": 1024},
     ),
     **{
@@ -408,9 +290,9 @@ MODELS: Mapping[str, FullSize] = {
                 "use_dynamic_shifting": False,
             },
             encoders={
-                "text_encoder": _PROJECTED_CLIP_L,
-                "text_encoder_2": _PROJECTED_CLIP_G,
-                "text_encoder_3": _T5_XXL,
+                "text_encoder": PROJECTED_CLIP_L,
+                "text_encoder_2": PROJECTED_CLIP_G,
+                "text_encoder_3": T5_XXL,
             },
             size={"height": 1024, "width": 1024},
         )
@@ -424,7 +306,7 @@ MODELS: Mapping[str, FullSize] = {
         transformer=_FLUX2_DEV,
         vae=_FLUX2_VAE,
         scheduler={**_SCHEDULER, "shift": 3.0, "use_dynamic_shifting": True},
-        encoders={"text_encoder": _MISTRAL_3},
+        encoders={"text_encoder": MISTRAL_3},
         size={"height": 1024, "width": 1024},
     ),
     "Wan2.1-T2V-1.3B": FullSize(
@@ -432,7 +314,7 @@ MODELS: Mapping[str, FullSize] = {
         transformer=_WAN_1B,
         vae=_WAN_VAE,
         scheduler=_UNIPC,
-        encoders={"text_encoder": _UMT5_XXL},
+        encoders={"text_encoder": UMT5_XXL},
         size={"height": 480, "width": 832, "frames": 81},
     ),
     "Wan2.2-T2V-A14B": FullSize(
@@ -440,7 +322,7 @@ MODELS: Mapping[str, FullSize] = {
         transformer=_WAN_14B,
         vae=_WAN_VAE,
         scheduler=_UNIPC,
-        encoders={"text_encoder": _UMT5_XXL},
+        encoders={"text_encoder": UMT5_XXL},
         size={"height": 480, "width": 832, "frames": 81},
         transformer_2=_WAN_14B,
         index={"boundary_ratio": 0.875, "expand_timesteps": False},

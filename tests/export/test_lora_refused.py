@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,32 @@ def test_a_lora_for_a_model_of_two_transformers_is_refused(tmp_path: Path) -> No
     lora = Lora(write(tmp_path / "a.safetensors", diffusers_names(layers)))
     with pytest.raises(InputError, match="expected a model of one transformer, found two in a14b"):
         merge_all(tmp_path / "a14b", lora)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(
+    flux_folder: Path, tmp_path: Path, value: float
+) -> None:
+    tensors = one_layer()
+    tensors["transformer.context_embedder.lora_B.weight"][0, 0] = value
+    message = refusal(flux_folder, write(tmp_path / "a.safetensors", tensors))
+    assert "values that are not finite, in transformer.context_embedder.lora_B.weight" in message
+
+
+def test_a_lora_whose_alpha_is_0_changes_nothing(flux_folder: Path, tmp_path: Path) -> None:
+    header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 0})}
+    file = write(tmp_path / "a.safetensors", one_layer(), header)
+    assert "changes nothing" in refusal(flux_folder, file)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"lora_alpha": "strong"}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 1}}]
+)
+def test_a_header_whose_alphas_cannot_be_read_is_refused(
+    flux_folder: Path, tmp_path: Path, entry: dict[str, object]
+) -> None:
+    named = {f"transformer.{key}": value for key, value in entry.items()}
+    file = write(
+        tmp_path / "a.safetensors", one_layer(), {"lora_adapter_metadata": json.dumps(named)}
+    )
+    assert "damaged header: its alphas cannot be read" in refusal(flux_folder, file)
