@@ -219,7 +219,7 @@ def test_half_precision_is_merged_in_float32_and_rounded_once(
     (down, up) = (tensor.float() for tensor in tensors.values())
     checkpoint = Checkpoint(tmp_path / "half", (Lora(write(tmp_path / "a.safetensors", tensors)),))
     file = tmp_path / "overlay.safetensors"
-    write_overlay(checkpoint, "transformer", file, report=pytest.fail)
+    write_overlay(checkpoint, "transformer", file, note=pytest.fail)
     (weight,) = load_file(file).values()
     assert weight.dtype == kept
     assert weight.equal((before + up @ down).to(kept))
@@ -231,7 +231,7 @@ def test_overlay_holds_the_changed_weights_alone(flux: Path, tmp_path: Path) -> 
         flux, (Lora(write(tmp_path / "a.safetensors", diffusers_names(layers))),)
     )
     file = tmp_path / "overlay.safetensors"
-    write_overlay(checkpoint, "transformer", file, report=pytest.fail)
+    write_overlay(checkpoint, "transformer", file, note=pytest.fail)
     found, expected = load_file(file), dict(merge(checkpoint, "transformer"))
     assert found.keys() == expected.keys()
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
