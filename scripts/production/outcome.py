@@ -35,9 +35,13 @@ def pictures_in(output: Path) -> dict[str, Picture]:
 
 
 def rows_of(output: Path) -> list[Result]:
-    """The rows of the log; raises where a line is no row."""
+    """The rows of the log; raises where a line is no row.
+
+    What follows the last line's end is the piece that a write left when the disk became read-only
+    under it, or the process was killed: the next run drops it.
+    """
     log = output / LOG
-    lines = log.read_bytes().splitlines() if log.exists() else []
+    lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
     return [msgspec.json.decode(line, type=Result) for line in lines]
 
 
