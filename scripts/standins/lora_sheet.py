@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import judge
+import text_models
 import torch
 from PIL import Image
 
@@ -22,7 +23,7 @@ PROMPTS = (
     "a large striped yellow star on navy",
     "a tiny dotted magenta cross on pink",
 )
-STEPS, GUIDANCE, SIDE = 20, 3.5, 128
+STEPS, GUIDANCE, PIXELS, SIDE = 20, 3.5, 64, 128
 
 
 def row(pipeline: Any) -> Image.Image:
@@ -31,6 +32,9 @@ def row(pipeline: Any) -> Image.Image:
     for seed, prompt in enumerate(PROMPTS):
         picture = pipeline(
             prompt,
+            height=PIXELS,
+            width=PIXELS,
+            max_sequence_length=text_models.MAX_TOKENS,
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             generator=torch.Generator().manual_seed(seed),
